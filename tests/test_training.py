@@ -1,0 +1,179 @@
+"""What a notebook cannot hold: killed, interrupted and parallel runs."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eql_repro.recipes import Recipe
+from eql_repro.training import Interrupted, load_data, run_folder, train
+
+TINY = Recipe(
+    "tiny", data="crops", num_classes=10, imbalance=20, network="resnet8", loss="seql",
+    lambda_=0.05, gamma=0.9, iterations=80, batch=16, lr=0.05, warmup=4, milestones=(40,),
+)  # fmt: skip
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["eql_repro.training", "eql_repro.scenes", "accelerate"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def child(out: str, workers: int, die_in_save: int = 0) -> None:
+    """Train TINY with a checkpoint every 2 iterations; die in the middle of a save."""
+    torch.set_num_threads(2)
+    save, count = torch.save, 0
+
+    def cut(state, path):
+        nonlocal count
+        save(state, path)
+        count += 1
+        if count == die_in_save:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = cut
+    train([(TINY, 0)], out, workers=workers, checkpoint_every=2)
+
+
+def iteration(folder: Path) -> int:
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["iteration"] if path.is_file() else 0
+
+
+def weights(folder: Path) -> dict:
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """TINY, uninterrupted, without workers."""
+    return train([(TINY, 0)], tmp_path_factory.mktemp("whole"))[0]
+
+
+def test_ten_kills_leave_no_trace(tmp_path, whole):
+    chance, folder = random.Random(0), run_folder(tmp_path, TINY, 0)
+    for kill in range(10):
+        before, in_save = iteration(folder), kill == 4
+        process = CONTEXT.Process(target=child, args=(str(tmp_path), 2, 2 * in_save))
+        process.start()
+        if in_save:
+            process.join(120)
+            assert (folder / "checkpoint.pt.part").is_file(), "not killed in a save"
+        else:
+            while iteration(folder) == before:
+                assert process.is_alive(), "ended before the kill"
+                time.sleep(0.005)
+            time.sleep(chance.random() * 0.1)
+            process.kill()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert before < iteration(folder) < TINY.iterations, "no partial run was left"
+        assert not (folder / "record.json").exists()
+    train([(TINY, 0)], tmp_path, workers=2)
+    assert equal(weights(folder), weights(whole))
+    record = json.loads((folder / "record.json").read_text())
+    expected = json.loads((whole / "record.json").read_text())
+    for key in ("metrics", "per_class", "curves", "source", "iterations"):
+        assert record[key] == expected[key], key
+
+
+def test_other_seed_gives_other_weights(tmp_path, whole):
+    other = train([(TINY, 1)], tmp_path)[0]
+    assert not equal(weights(other), weights(whole))
+
+
+def test_runs_side_by_side_equal_runs_alone(tmp_path, whole):
+    softmax = replace(TINY, name="tiny_softmax", loss="softmax")
+    folders = train([(TINY, 0), (softmax, 0), (TINY, 1)], tmp_path)
+    assert equal(weights(folders[0]), weights(whole))
+    assert not equal(weights(folders[1]), weights(whole))
+
+
+def test_interrupt_leaves_a_resumable_run(tmp_path, whole):
+    class Bar:
+        images = 0
+
+        def update(self, n):
+            self.images += n
+            if self.images == 30 * TINY.batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="iteration 30"):
+        train([(TINY, 0)], tmp_path, bar=Bar())
+    folder = run_folder(tmp_path, TINY, 0)
+    assert iteration(folder) == 30
+    train([(TINY, 0)], tmp_path)
+    assert equal(weights(folder), weights(whole))
+
+
+def test_finished_run_is_not_overwritten(tmp_path, whole):
+    before = (whole / "record.json").read_text()
+    with pytest.raises(FileExistsError, match="finished run"):
+        train([(TINY, 0)], whole.parent)
+    assert (whole / "record.json").read_text() == before
+
+
+def test_changed_recipe_in_the_same_folder_is_refused(tmp_path):
+    folder = run_folder(tmp_path, TINY, 0)
+    folder.mkdir()
+    state = {"recipe": TINY.__dict__ | {"lr": 0.1}, "seed": 0}
+    (folder / "run.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="another lr: 0.1, now 0.05"):
+        train([(TINY, 0)], tmp_path)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    wild = replace(TINY, name="wild", lr=1e30, warmup=0)
+    with pytest.raises(FloatingPointError, match="wild seed 0: the loss is"):
+        train([(wild, 0)], tmp_path, checkpoint_every=5)
+    state = torch.load(run_folder(tmp_path, wild, 0) / "checkpoint.pt")
+    assert state["iteration"] == 5
+
+
+def distributed(rank: int, out: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    train([(replace(TINY, name="two", iterations=8, milestones=()), 0)], out)
+
+
+def test_two_processes_split_the_batch(tmp_path):
+    port = 20000 + os.getpid() % 20000
+    arguments = [(rank, str(tmp_path), port) for rank in (0, 1)]
+    pair = [CONTEXT.Process(target=distributed, args=a) for a in arguments]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(180)
+    assert [process.exitcode for process in pair] == [0, 0]
+    record = json.loads((tmp_path / "two-s0" / "record.json").read_text())
+    assert record["iterations"] == 8 and record["metrics"]["top1"] > 0
+
+
+def test_data_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("EQL_DATA", raising=False)
+    cifar = replace(TINY, name="cifar", data="cifar100_lt", num_classes=100)
+    with pytest.raises(ValueError, match="EQL_DATA"):
+        train([(cifar, 0)], tmp_path)
+    with pytest.raises(FileNotFoundError, match="cifar-100-python"):
+        load_data(cifar, tmp_path)
