@@ -151,7 +151,7 @@ def plot_class_accuracy(
     ax.legend()
     return ax
 
-# %% ../nbs/16_figures.ipynb #bca94711
+# %% ../nbs/16_figures.ipynb #3d05790f
 def plot_gamma(
     table: pd.DataFrame, *, ylabel: str = "top-1 accuracy (%)", ax: Axes | None = None
 ) -> Axes:
@@ -165,11 +165,9 @@ def plot_gamma(
         line = dict(color=_LINES[i % 4], marker="o", ms=5)
         label = f"paper, λ = {lambda_:g}"
         ax.plot(part.gamma, part.paper, ls="--", mfc="white", label=label, **line)
-        run = part[part["mean"].notna()]
-        if len(run):
-            sd = run.sd.fillna(0)
-            label = f"ours, λ = {lambda_:g}"
-            ax.errorbar(run.gamma, run["mean"], sd, label=label, capsize=3, **line)
+        if part["mean"].notna().any():  # a gap stays a gap
+            ours, sd, label = part["mean"], part.sd.fillna(0), f"ours, λ = {lambda_:g}"
+            ax.errorbar(part.gamma, ours, sd, label=label, capsize=3, **line)
     ax.legend()
     return ax
 

@@ -4,21 +4,33 @@
 
 # %% auto #0
 __all__ = ['DATA', 'LOSSES', 'PRECISIONS', 'QUICK', 'RECIPES', 'Recipe', 'check_recipe', 'short', 'table7', 'quickstart',
-           'find_recipe', 'science']
+           'find_recipe', 'science', 'source_hash', 'source_modules', 'device_name', 'provenance', 'write_file',
+           'write_json']
 
-# %% ../nbs/13_recipes.ipynb #b1d9431f
+# %% ../nbs/13_recipes.ipynb #f9a1a7cc
+import ast
+import hashlib
 import importlib.util
+import json
 import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/13_recipes.ipynb #4b1cb83f
+import torch
+
+import eql_repro
+
+# %% ../nbs/13_recipes.ipynb #570e87e0
 DATA = ("cifar100_lt", "crops")
 LOSSES = ("softmax", "seql", "sigmoid", "eql")
 PRECISIONS = ("fp32", "bf16")
 
-
+# %% ../nbs/13_recipes.ipynb #5938de67
 @dataclass(frozen=True)
 class Recipe:
     """One training run but for its seed; the defaults are Table 7's baseline.
@@ -161,3 +173,84 @@ def science(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe that are not the default, without its name."""
     plain = {f.name: f.default for f in fields(Recipe)}
     return {k: v for k, v in asdict(recipe).items() if k != "name" and v != plain[k]}
+
+# %% ../nbs/13_recipes.ipynb #126b4873
+def _tree(node: Any) -> str:
+    if isinstance(node, list):
+        return "[" + ",".join(map(_tree, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = dict(ast.iter_fields(node))
+    body = parts.get("body")
+    if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+        if isinstance(body[0].value, ast.Constant):
+            parts["body"] = body[1:]
+    parts = {k: v for k, v in parts.items() if v is not None and v != []}
+    inside = ",".join(f"{k}={_tree(v)}" for k, v in parts.items())
+    return f"{type(node).__name__}({inside})"
+
+
+def source_hash(modules: Sequence[str]) -> str:
+    """Hash of the code of modules of this package, 12 hex digits.
+
+    Docstrings, comments and layout do not count; the Python version does not either.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        path = Path(eql_repro.__file__).with_name(f"{name}.py")
+        digest.update(_tree(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    return digest.hexdigest()[:12]
+
+# %% ../nbs/13_recipes.ipynb #9091f631
+def source_modules(recipe: Recipe) -> list[str]:
+    """The modules whose code decides the numbers of a recipe's run."""
+    shared = ["classifier", "images", "longtail", "metrics", "training"]
+    loss = {"seql": ["seql"], "sigmoid": ["eql"], "eql": ["eql"]}.get(recipe.loss, [])
+    return shared + loss + (["scenes"] if recipe.data == "crops" else [])
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: the GPU's name, or the processor and its threads."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{device.type}: {model}, {torch.get_num_threads()} threads"
+
+# %% ../nbs/13_recipes.ipynb #c2fc3ebb
+def provenance() -> dict[str, Any]:
+    """Library versions, and the commit: of the checkout, or the variable EQL_COMMIT."""
+    names = ("torch", "torchvision", "numpy", "eql_repro")
+    versions = {"python": platform.python_version()}
+    versions |= {n: importlib.import_module(n).__version__ for n in names}
+    git = ["git", "-C", str(Path(eql_repro.__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        head = "unknown"
+    return {"versions": versions, "commit": os.environ.get("EQL_COMMIT", head)}
+
+# %% ../nbs/13_recipes.ipynb #feb9e0ec
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then move it there in one step."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON in one move; NaN and infinity are an error."""
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    write_file(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))

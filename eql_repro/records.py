@@ -305,7 +305,7 @@ def verdict(
     clear = _clear_gain(ours, baseline, sign)
     return "direction only" if clear else "not reproduced"
 
-# %% ../nbs/15_records.ipynb #973f87b6
+# %% ../nbs/15_records.ipynb #8bbf6d43
 @dataclass(frozen=True)
 class Cell:
     """One row of a results table.
@@ -327,9 +327,9 @@ def _percent(records: Sequence[Record], metric: str) -> list[float]:
     return [100 * r.metrics[metric] for r in records]
 
 
-_COLUMNS = "setting recipe paper mean sd seeds difference verdict changed".split()
+_COLUMNS = "setting recipe paper mean sd seeds difference gain verdict changed".split()
 
-# %% ../nbs/15_records.ipynb #05a6e7f4
+# %% ../nbs/15_records.ipynb #88e18886
 def results_table(
     cells: Sequence[Cell],
     metric: str = "top1",
@@ -342,13 +342,14 @@ def results_table(
 
     metric: its name in the records. baseline: the cell that gains are measured from.
     same_recipe: as in `verdict`. folder: as in `load_records`.
-    Returns: columns setting, recipe, paper, mean, sd, seeds, difference, verdict,
-    changed (source edited since a run).
+    Returns: columns setting, recipe, paper, mean, sd, seeds, difference (to the
+    paper), gain (over our baseline), verdict, changed (source edited since a run).
     """
     against = {}
     if baseline:
         runs = _percent(load_records(baseline.recipe, folder), metric)
         against = dict(baseline=runs, paper_baseline=baseline.paper)
+    base = mean_sd(against.get("baseline", []))[0]
     rows = []
     for cell in cells:
         records = load_records(cell.recipe, folder)
@@ -358,10 +359,11 @@ def results_table(
         mean, sd = mean_sd(ours)
         row = cell.setting, _recipe(cell.recipe).name, cell.paper, mean, sd, len(ours)
         changed = any(r.changed for r in records)
-        rows.append((*row, mean - cell.paper, said, changed))
+        gain = mean - base if other else math.nan
+        rows.append((*row, mean - cell.paper, gain, said, changed))
     return pd.DataFrame(rows, columns=_COLUMNS)
 
-# %% ../nbs/15_records.ipynb #f4986939
+# %% ../nbs/15_records.ipynb #daebdcb1
 def _ours(row: pd.Series) -> str:
     if not row.seeds:
         return "–"
@@ -375,36 +377,45 @@ def _said(row: pd.Series) -> str:
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """A results table as text: setting, paper, ours, difference, verdict.
+    """A results table as text: setting, paper, ours, difference, gain, verdict.
 
     table: from `results_table`.
     """
     text = table[["setting"]].copy()
     text["paper"] = table.paper.map("{:.2f}".format)
     text["ours, mean ± sd (seeds)"] = table.apply(_ours, axis=1)
-    signed = table.difference.map("{:+.1f}".format)
-    text["difference"] = signed.where(table.seeds > 0, "–")
+    for name in ("difference", "gain"):
+        text[name] = table[name].map("{:+.1f}".format).where(table[name].notna(), "–")
     text["verdict"] = table.apply(_said, axis=1)
     return text
 
-# %% ../nbs/15_records.ipynb #04d54982
+# %% ../nbs/15_records.ipynb #98534f59
 def _joined(values: Sequence[object]) -> str:
     return " and ".join(sorted({str(v) for v in values}))
+
+
+def _versions(record: Record) -> str:
+    shown = [n for n in ("torch", "torchvision") if n in record.versions]
+    return ", ".join(f"{name} {record.versions[name]}" for name in shown)
 
 
 def provenance_line(records: Sequence[Record]) -> str:
     """Where a table's numbers come from: command, seeds, device, time, versions."""
     if not records:
         return "No run recorded yet."
-    minutes = [r.minutes for r in records]
-    torch = _joined([r.versions.get("torch", "?") for r in records])
+    minutes = sorted({f"{r.minutes:.0f}" for r in records}, key=float)
+    seeds = sorted({r.seed for r in records})
+    commits = [
+        r.commit[:7] + ("-dirty" if r.commit.endswith("-dirty") else "")
+        for r in records
+    ]
     mark = " † Source edited since." if any(r.changed for r in records) else ""
     return (
         f"{len(records)} runs by `eql run NAME --seed SEED`, "
-        f"seeds {', '.join(map(str, sorted({r.seed for r in records})))}, "
+        f"seeds {', '.join(map(str, seeds))}, "
         f"on {_joined([r.device for r in records])}; "
-        f"{min(minutes):.0f} to {max(minutes):.0f} minutes each; torch {torch}; "
-        f"commit {_joined([r.commit[:7] for r in records])}.{mark}"
+        f"{' to '.join(minutes[:: max(1, len(minutes) - 1)])} minutes each; "
+        f"{_joined([_versions(r) for r in records])}; commit {_joined(commits)}.{mark}"
     )
 
 # %% ../nbs/15_records.ipynb #d7bbc1d3

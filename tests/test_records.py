@@ -136,6 +136,29 @@ def test_an_unknown_metric_or_recipe_is_named(tmp_path):
         load_records("nothing", tmp_path)
 
 
+def test_the_gain_is_measured_from_our_own_baseline(tmp_path):
+    other = replace(TINY, name="other")
+    for seed in range(3):
+        save(tmp_path, record(seed=seed, top1=0.40))
+        save(tmp_path, record(other, seed, 0.43))
+    cells = [Cell("base", TINY, 50.0), Cell("other", other, 53.0)]
+    table = results_table(cells, baseline=cells[0], folder=tmp_path)
+    assert readable(table).gain.tolist() == ["–", "+3.0"]
+    assert table.verdict.tolist() == ["not reproduced", "direction only"]
+    stand_in = results_table(
+        cells, baseline=cells[0], same_recipe=False, folder=tmp_path
+    )
+    assert stand_in.verdict.tolist() == ["reference", "direction only"]
+
+
+def test_provenance_says_when_the_tree_was_dirty(tmp_path):
+    save(tmp_path, record(commit="0123456789ab-dirty", minutes=3.0))
+    save(tmp_path, record(seed=1, commit="0123456789ab", minutes=5.0))
+    line = provenance_line(load_records(TINY, tmp_path))
+    assert "commit 0123456 and 0123456-dirty" in line
+    assert "3 to 5 minutes" in line and "seeds 0, 1" in line
+
+
 # Schema
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from eql_repro.recipes import Recipe
-from eql_repro.training import Interrupted, load_data, run_folder, train
+from eql_repro.training import Interrupted, Options, load_data, run_folder, train
 
 TINY = Recipe(
     "tiny", data="crops", num_classes=10, imbalance=20, network="resnet8", loss="seql",
-    lambda_=0.05, gamma=0.9, iterations=80, batch=16, lr=0.05, warmup=4, milestones=(40,),
+    lambda_=0.05, gamma=0.9, iterations=80, batch=16, lr=0.05, warmup=4,
+    milestones=(40,),
 )  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["eql_repro.training", "eql_repro.scenes", "accelerate"])
@@ -45,7 +46,7 @@ def child(out: str, workers: int, die_in_save: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = cut
-    train([(TINY, 0)], out, workers=workers, checkpoint_every=2)
+    train([(TINY, 0)], out, Options(workers=workers, checkpoint_every=2))
 
 
 def iteration(folder: Path) -> int:
@@ -86,7 +87,7 @@ def test_ten_kills_leave_no_trace(tmp_path, whole):
         assert process.exitcode == -signal.SIGKILL
         assert before < iteration(folder) < TINY.iterations, "no partial run was left"
         assert not (folder / "record.json").exists()
-    train([(TINY, 0)], tmp_path, workers=2)
+    train([(TINY, 0)], tmp_path, Options(workers=2))
     assert equal(weights(folder), weights(whole))
     record = json.loads((folder / "record.json").read_text())
     expected = json.loads((whole / "record.json").read_text())
@@ -142,7 +143,7 @@ def test_changed_recipe_in_the_same_folder_is_refused(tmp_path):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     wild = replace(TINY, name="wild", lr=1e30, warmup=0)
     with pytest.raises(FloatingPointError, match="wild seed 0: the loss is"):
-        train([(wild, 0)], tmp_path, checkpoint_every=5)
+        train([(wild, 0)], tmp_path, Options(checkpoint_every=5))
     state = torch.load(run_folder(tmp_path, wild, 0) / "checkpoint.pt")
     assert state["iteration"] == 5
 
