@@ -226,7 +226,7 @@ def _operations(size: int) -> tuple[list[tuple[str, float]], Tensor, Tensor]:
                 index[s, k, negative] = distinct.setdefault(op, len(distinct))
     return list(distinct), index, chance
 
-# %% ../nbs/07_images.ipynb #306d2296
+# %% ../nbs/07_images.ipynb #88a2e40f
 def auto_augment(images: Tensor, u: Tensor) -> Tensor:
     """AutoAugment's CIFAR-10 policy with an own draw for every image of the batch.
 
@@ -246,18 +246,18 @@ def auto_augment(images: Tensor, u: Tensor) -> Tensor:
                 images[members] = _apply(images[members], *operations[op])
     return images
 
-
+# %% ../nbs/07_images.ipynb #688278f1
 def _apply(images: Tensor, name: str, magnitude: float) -> Tensor:
     return _policy()._apply_image_or_video_transform(
         images, name, magnitude, InterpolationMode.NEAREST, {Tensor: None}
     )
 
-# %% ../nbs/07_images.ipynb #dd43d651
+# %% ../nbs/07_images.ipynb #2a62a0a7
 AUGMENTATIONS = ("crop_flip", "auto_augment", "cutout")
 MEAN = (0.4914, 0.4822, 0.4465)
 DEVIATION = (0.2023, 0.1994, 0.2010)
 
-
+# %% ../nbs/07_images.ipynb #54219a40
 def augment(images: Tensor, u: Tensor, steps: Sequence[str] = AUGMENTATIONS) -> Tensor:
     """Augment a batch: the steps named, in the order crop and flip, AutoAugment, Cutout.
 
@@ -276,7 +276,7 @@ def augment(images: Tensor, u: Tensor, steps: Sequence[str] = AUGMENTATIONS) -> 
         images = cutout(images, u[:, 8:10])
     return images
 
-
+# %% ../nbs/07_images.ipynb #d4b327a2
 def normalize(images: Tensor) -> Tensor:
     """Bytes to floats: uint8 [N, 3, H, W] to float32, channels last in memory."""
     mean = torch.tensor(MEAN, device=images.device)[:, None, None] * 255

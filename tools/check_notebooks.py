@@ -104,6 +104,8 @@ def text_outputs(cell: dict) -> str:
 
 def public_names(source: str) -> list[str]:
     """The names that an exported cell adds to its module's `__all__`."""
+    if "exporti" in directives(source):
+        return []
     names = []
     for node in tree(source).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

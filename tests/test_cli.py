@@ -1,0 +1,73 @@
+"""The command `eql` as a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EQL = [sys.executable, "-m", "eql_repro.cli"]
+LVIS = Path(os.environ.get("EQL_DATA", "")) / "lvis_v0.5_val_64/lvis_v0.5_val_64.json"
+RECIPE = """
+from eql_repro.recipes import Recipe
+
+slow = Recipe("slow", data="crops", num_classes=5, imbalance=10, network="resnet8",
+              loss="eql", lambda_=0.1, iterations=300, batch=8, background=8, lr=0.05,
+              warmup=0, milestones=())
+"""
+
+
+def eql(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [*EQL, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_interrupt_then_resume_then_refuse(tmp_path):
+    (tmp_path / "my.py").write_text(RECIPE)
+    command = [*EQL, "run", "my.py:slow", "--seed", "1", "--checkpoint-every", "5"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    folder = tmp_path / "runs" / "slow-s1"
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "eql resume runs/slow-s1" in said and "Traceback" not in said
+    assert not (folder / "record.json").exists()
+
+    done = eql("resume", "runs/slow-s1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "record.json").read_text())
+    assert record["iterations"] == 300 and record["seed"] == 1
+
+    again = eql("run", "my.py:slow", "--seed", 1, cwd=tmp_path)
+    assert again.returncode == 2 and "finished run; --force replaces it" in again.stderr
+    assert json.loads((folder / "record.json").read_text()) == record
+
+
+def test_error_is_one_line_and_exit_code_2(tmp_path):
+    out = eql("run", "cifar100lt_if200_softmax", "--data", "nowhere", cwd=tmp_path)
+    lines = [line for line in out.stderr.splitlines() if line.startswith("eql:")]
+    assert out.returncode == 2 and len(lines) == 1 and "nowhere" in lines[0]
+    assert "Traceback" not in out.stderr and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not LVIS.is_file(), reason="no LVIS file under EQL_DATA")
+def test_frequencies_of_a_real_lvis_file():
+    out = eql("frequencies", LVIS, "--lambda", 0.02)
+    assert out.returncode == 0, out.stderr
+    content = json.loads(LVIS.read_text())
+    pairs = {(a["image_id"], a["category_id"]) for a in content["annotations"]}
+    counts = [0] * len(content["categories"])
+    for _, category in pairs:
+        counts[category - 1] += 1
+    tail = sum(n / len(content["images"]) < 0.02 for n in counts)
+    assert f"{len(counts)} classes, {len(content['images'])} images (all)" in out.stdout
+    assert f"2.00e-02  {tail:7d}" in out.stdout
