@@ -203,7 +203,7 @@ def cutout(images: Tensor, u: Tensor, side: int = 16) -> Tensor:
     )
     return images * ~(inside_row[:, None, :, None] & inside_column[:, None, None, :])
 
-# %% ../nbs/07_images.ipynb #c20f1501
+# %% ../nbs/07_images.ipynb #cbbdc48c
 @cache
 def _policy() -> v2.AutoAugment:
     return v2.AutoAugment(AutoAugmentPolicy.CIFAR10)
@@ -211,7 +211,7 @@ def _policy() -> v2.AutoAugment:
 
 @cache
 def _operations(size: int) -> tuple[list[tuple[str, float]], Tensor, Tensor]:
-    """Distinct (name, magnitude) pairs, their index [25, 2, sign], probability [25, 2]."""
+    """Distinct (name, magnitude) pairs, index [25, 2, sign], probability [25, 2]."""
     distinct, index = {}, torch.empty(25, 2, 2, dtype=torch.long)
     chance = torch.empty(25, 2)
     for s, sub_policy in enumerate(_policy()._policies):
@@ -257,9 +257,9 @@ AUGMENTATIONS = ("crop_flip", "auto_augment", "cutout")
 MEAN = (0.4914, 0.4822, 0.4465)
 DEVIATION = (0.2023, 0.1994, 0.2010)
 
-# %% ../nbs/07_images.ipynb #54219a40
+# %% ../nbs/07_images.ipynb #d66c26c0
 def augment(images: Tensor, u: Tensor, steps: Sequence[str] = AUGMENTATIONS) -> Tensor:
-    """Augment a batch: the steps named, in the order crop and flip, AutoAugment, Cutout.
+    """Augment a batch: the steps named, always crop and flip, AutoAugment, Cutout.
 
     images: uint8 [N, 3, H, W]; u: float32 [N, 10] in [0, 1) on the CPU, from
     `uniforms`; steps: some of "crop_flip", "auto_augment", "cutout". Returns the same

@@ -97,9 +97,9 @@ def check_recipe(recipe: Recipe) -> None:
     drops = (0, *recipe.milestones, recipe.iterations)
     need(drops == tuple(sorted(set(drops))), "milestones", "rising, inside the run")
 
-# %% ../nbs/13_recipes.ipynb #f6b4cdcb
+# %% ../nbs/13_recipes.ipynb #992fa342
 def short(recipe: Recipe, iterations: int = 1_600) -> Recipe:
-    """The same recipe with fewer iterations; warm-up and milestones scale, named _short.
+    """The recipe with fewer iterations; warm-up and milestones scale, named _short.
 
     iterations: at least 1.
     """
@@ -112,7 +112,7 @@ def short(recipe: Recipe, iterations: int = 1_600) -> Recipe:
         milestones=tuple(round(m * scale) for m in recipe.milestones),
     )
 
-
+# %% ../nbs/13_recipes.ipynb #762e6645
 def table7() -> list[Recipe]:
     """The nine cells of Table 7: softmax (γ = 0), then γ by λ for SEQL."""
     cells = [Recipe("cifar100lt_if200_softmax")]
@@ -123,14 +123,14 @@ def table7() -> list[Recipe]:
             cells.append(cell)
     return cells
 
-# %% ../nbs/13_recipes.ipynb #125bb2d6
+# %% ../nbs/13_recipes.ipynb #6e417290
 QUICK = Recipe(
     "quickstart_softmax", data="crops", network="resnet8", iterations=600, batch=64,
     lr=0.1, warmup_lr=0.01, warmup=50, milestones=(400, 540), weight_decay=5e-4,
     augment=("crop_flip",),
 )  # fmt: skip
 
-
+# %% ../nbs/13_recipes.ipynb #8d9674d0
 def quickstart() -> list[Recipe]:
     """The four runs of `eql quickstart`: softmax, SEQL, sigmoid and EQL on crops."""
     seql = replace(QUICK, name="quickstart_seql", loss="seql", lambda_=3e-3, gamma=0.9)
@@ -138,12 +138,12 @@ def quickstart() -> list[Recipe]:
     eql = replace(sigmoid, name="quickstart_eql", loss="eql", lambda_=3e-3)
     return [QUICK, seql, sigmoid, eql]
 
-# %% ../nbs/13_recipes.ipynb #8fdb8059
+# %% ../nbs/13_recipes.ipynb #75acc477
 RECIPES: dict[str, Recipe] = {
     r.name: r for r in [*table7(), *map(short, table7()), *quickstart()]
 }
 
-
+# %% ../nbs/13_recipes.ipynb #c86b4405
 def find_recipe(name: str) -> Recipe:
     """A recipe by its name, or from a file as `path/to/file.py:variable`.
 
@@ -174,7 +174,7 @@ def science(recipe: Recipe) -> dict[str, Any]:
     plain = {f.name: f.default for f in fields(Recipe)}
     return {k: v for k, v in asdict(recipe).items() if k != "name" and v != plain[k]}
 
-# %% ../nbs/13_recipes.ipynb #126b4873
+# %% ../nbs/13_recipes.ipynb #a6300e4d
 def _tree(node: Any) -> str:
     if isinstance(node, list):
         return "[" + ",".join(map(_tree, node)) + "]"
@@ -189,7 +189,7 @@ def _tree(node: Any) -> str:
     inside = ",".join(f"{k}={_tree(v)}" for k, v in parts.items())
     return f"{type(node).__name__}({inside})"
 
-
+# %% ../nbs/13_recipes.ipynb #fdff1c6e
 def source_hash(modules: Sequence[str]) -> str:
     """Hash of the code of modules of this package, 12 hex digits.
 
@@ -201,14 +201,14 @@ def source_hash(modules: Sequence[str]) -> str:
         digest.update(_tree(ast.parse(path.read_text(encoding="utf-8"))).encode())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/13_recipes.ipynb #9091f631
+# %% ../nbs/13_recipes.ipynb #6c06469f
 def source_modules(recipe: Recipe) -> list[str]:
     """The modules whose code decides the numbers of a recipe's run."""
     shared = ["classifier", "images", "longtail", "metrics", "training"]
     loss = {"seql": ["seql"], "sigmoid": ["eql"], "eql": ["eql"]}.get(recipe.loss, [])
     return shared + loss + (["scenes"] if recipe.data == "crops" else [])
 
-
+# %% ../nbs/13_recipes.ipynb #6a388282
 def device_name(device: torch.device) -> str:
     """A device in words: the GPU's name, or the processor and its threads."""
     if device.type == "cuda":
@@ -240,7 +240,7 @@ def provenance() -> dict[str, Any]:
         head = "unknown"
     return {"versions": versions, "commit": os.environ.get("EQL_COMMIT", head)}
 
-# %% ../nbs/13_recipes.ipynb #feb9e0ec
+# %% ../nbs/13_recipes.ipynb #f0766dbe
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a file beside `path`, then move it there in one step."""
     part = path.with_name(path.name + ".part")
@@ -249,7 +249,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
+# %% ../nbs/13_recipes.ipynb #1ffbadb4
 def write_json(path: Path, content: Any) -> None:
     """JSON in one move; NaN and infinity are an error."""
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)

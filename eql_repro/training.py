@@ -9,7 +9,7 @@ __all__ = ['PROGRESS', 'LOG_EVERY', 'EVALUATIONS', 'SHARED', 'learning_rate', 'B
            'stop_signals', 'should_stop', 'load_data', 'batch_stream', 'images_in', 'run_lanes', 'open_accelerator',
            'open_lane', 'write_start', 'train']
 
-# %% ../nbs/14_training.ipynb #907baf94
+# %% ../nbs/14_training.ipynb #a7165593
 import json
 import os
 import signal
@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/14_training.ipynb #4d2acb22
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -98,11 +97,11 @@ class Batches(Dataset):
         shape = len(self.runs), -1
         return images.unflatten(0, shape), self.data.labels[index].unflatten(0, shape)
 
-# %% ../nbs/14_training.ipynb #ba7cf5c2
+# %% ../nbs/14_training.ipynb #b26cbd86
 def build_loss(
     recipe: Recipe, frequency: ClassFrequency, generator: torch.Generator
 ) -> nn.Module:
-    """The recipe's class loss: a module from (logits [N, C], labels [N]) to a scalar."""
+    """The recipe's class loss: from (logits [N, C], labels [N]) to a scalar."""
     if recipe.loss == "softmax":
         return nn.CrossEntropyLoss()
     if recipe.loss == "seql":
@@ -426,7 +425,7 @@ def load_data(recipe: Recipe, data: str | None = None) -> tuple[ImageSet, ImageS
         )
     return cifar100_lt(root, imbalance), cifar100_lt(root, imbalance, "test")
 
-# %% ../nbs/14_training.ipynb #29c26992
+# %% ../nbs/14_training.ipynb #02cb9afa
 def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -452,12 +451,12 @@ def batch_stream(
     for images, labels in loader:
         yield images.to(accelerator.device), labels.to(accelerator.device)
 
-# %% ../nbs/14_training.ipynb #f83eb562
+
 def images_in(recipe: Recipe, iterations: int) -> int:
     """Images that iterations of a run train on: the unit of the progress bar."""
     return iterations * (recipe.batch + recipe.background)
 
-
+# %% ../nbs/14_training.ipynb #26f4782b
 def run_lanes(
     lanes: Sequence[Lane], data: tuple, accelerator: Any, options: Options, bar: Any
 ) -> None:
@@ -484,7 +483,7 @@ def run_lanes(
             if halt:
                 raise Interrupted(f"stopped after iteration {t}")
 
-# %% ../nbs/14_training.ipynb #0c149a54
+# %% ../nbs/14_training.ipynb #a7703303
 def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
     """Accelerate's Accelerator for these runs, once they are known to be sound."""
     module = require("accelerate")
@@ -499,7 +498,7 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
         accelerator.init_trackers("tensorboard")
     return accelerator
 
-# %% ../nbs/14_training.ipynb #b75c0e1c
+
 def open_lane(
     recipe: Recipe, seed: int, folder: Path, frequency: ClassFrequency, accelerator: Any
 ) -> Lane:
@@ -509,7 +508,7 @@ def open_lane(
     load_checkpoint(lane, accelerator)
     return lane
 
-
+# %% ../nbs/14_training.ipynb #d68e3f13
 def write_start(
     folder: Path, recipe: Recipe, seed: int, options: Options, accelerator: Any
 ) -> None:
