@@ -115,7 +115,7 @@ def equalization_loss(
     loss = F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
     return _reduce(loss, reduction)
 
-# %% ../nbs/03_eql.ipynb #ce52e739
+# %% ../nbs/03_eql.ipynb #cd54bffa
 class EqualizationLoss(nn.Module):
     """Sigmoid equalization loss with a fixed tail (Eq. 6-7).
 
@@ -123,9 +123,12 @@ class EqualizationLoss(nn.Module):
     `lambda_`: at least 0; 0 is plain binary cross-entropy. `threshold`: "step",
     "exponential", "gompertz" (Table 3), or a function of (f, lambda_). Others as in
     `equalization_loss`. Buffer `tail`: bool [C] for the step, else float [C].
+    `activation`: "sigmoid", what turns the logits into scores.
     Call with `logits` [N, C] and `target` [N] or [N, C].
     Raises ValueError or TypeError naming the argument.
     """
+
+    activation = "sigmoid"
 
     def __init__(
         self,

@@ -88,16 +88,19 @@ def softmax_equalization_loss(
     z = _wide(logits) + w.to(_wide(logits).dtype).log()
     return _reduce(F.cross_entropy(z, target, reduction="none"), reduction)
 
-# %% ../nbs/04_seql.ipynb #bcc3617c
+# %% ../nbs/04_seql.ipynb #fda90c5f
 class SoftmaxEqualizationLoss(nn.Module):
     """Softmax equalization loss with a fixed tail (Eq. 9-11).
 
     `frequency`: a `ClassFrequency`, or frequencies in [0, 1] as a float tensor [C].
     `lambda_`: at least 0; 0 is plain cross-entropy. `threshold`: as in
     `EqualizationLoss`. Others as in `softmax_equalization_loss`. Buffer `tail`: bool
-    [C] for the step, else float [C]. Call with `logits` [N, C] and `target` [N].
+    [C] for the step, else float [C]. `activation`: "softmax", what turns the logits
+    into scores. Call with `logits` [N, C] and `target` [N].
     Raises ValueError or TypeError naming the argument.
     """
+
+    activation = "softmax"
 
     def __init__(
         self,
