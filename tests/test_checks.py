@@ -212,13 +212,24 @@ def project(tmp_path: Path) -> Path:
         "def late():\n    from eql_repro.two import two",
     ],
 )
-def test_import_of_a_higher_chapter_is_reported(project: Path, line: str) -> None:
+def test_import_of_a_later_chapter_is_reported(project: Path, line: str) -> None:
     assert check_notebooks.check_order(project) == []
     text = CHAPTER.replace("exp two", "exp one").replace("import math", line)
     (project / "nbs/01_one.ipynb").write_text(dumps(page(text)))
-    assert "imports two of chapter 02" in "\n".join(
+    assert "imports two of chapter 02_two" in "\n".join(
         check_notebooks.check_order(project)
     )
+
+
+def test_chapters_of_one_number_stand_in_the_order_of_their_names(
+    project: Path,
+) -> None:
+    (project / "nbs/02_two.ipynb").rename(project / "nbs/01_two.ipynb")
+    text = CHAPTER.replace("import math", "from eql_repro.one import one")
+    (project / "nbs/01_two.ipynb").write_text(dumps(page(text)))
+    assert check_notebooks.check_order(project) == []
+    (project / "nbs/01_one.ipynb").rename(project / "nbs/01_zero.ipynb")
+    assert "imports one of chapter 01_zero" in check_notebooks.check_order(project)[0]
 
 
 def test_import_of_an_unknown_module_is_reported(project: Path) -> None:

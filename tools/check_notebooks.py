@@ -312,22 +312,22 @@ def check_page(path: Path, nb: dict) -> list[str]:
 
 
 def check_order(root: Path = ROOT) -> list[str]:
-    """A chapter imports only modules of chapters with a lower number."""
+    """A chapter imports only modules of chapters that come before it by file name."""
     pages = {path: read(path) for path in notebooks(root)}
-    number_of = {module_of(nb): path.name[:2] for path, nb in pages.items()}
+    chapter_of = {module_of(nb): path.stem for path, nb in pages.items()}
     found = []
     for path, nb in pages.items():
-        here = path.name[:2]
+        here = path.stem
         used = [
             (n, imported_modules(s, root / "eql_repro")) for n, s in cells(nb, "code")
         ]
         for number, modules in used:
             for module in sorted(modules):
                 where = f"{path.relative_to(root)}: cell {number}: imports {module}"
-                if module not in number_of:
+                if module not in chapter_of:
                     found.append(f"{where}, which no chapter exports")
-                elif here.isdigit() and number_of[module] >= here:
-                    found.append(f"{where} of chapter {number_of[module]}")
+                elif here[:2].isdigit() and chapter_of[module] >= here:
+                    found.append(f"{where} of chapter {chapter_of[module]}")
     return found
 
 

