@@ -6,7 +6,7 @@
 __all__ = ['app', 'EXPECTED', 'NOTE', 'LAMBDAS', 'progress', 'results', 'main', 'recipes_command', 'resumable', 'run', 'resume',
            'quick_figure', 'quickstart_command', 'records', 'frequencies']
 
-# %% ../nbs/18_cli.ipynb #9fcb7cf1
+# %% ../nbs/18_cli.ipynb #c18f9e56
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 from .images import cifar100_lt
 from .longtail import ClassFrequency, require
-from .recipes import RECIPES, Recipe, find_recipe, quickstart
+from .recipe import Recipe, recipe_from
+from .recipes import RECIPES, find_recipe, quickstart
 from .training import Interrupted, Options, images_in, run_folder, train
 
 # %% ../nbs/18_cli.ipynb #0784955a
@@ -36,7 +37,7 @@ def progress(runs: Sequence[tuple[Recipe, int]], title: str) -> Any:
         dynamic_ncols=seen,
     )
 
-# %% ../nbs/18_cli.ipynb #5fe1519b
+# %% ../nbs/18_cli.ipynb #484f81ec
 def results(folders: Iterable[str | Path]) -> Any:
     """Metrics of finished runs in percent: a DataFrame with a row per run's folder."""
     rows = {}
@@ -45,6 +46,7 @@ def results(folders: Iterable[str | Path]) -> Any:
         metrics = {"all" if k == "top1" else k: v for k, v in record["metrics"].items()}
         rows[folder.name] = {k: 100 * v for k, v in metrics.items()}
     order = ["all", "many", "medium", "few", "top5"]
+    order += ["AP", "APr", "APc", "APf", "APbbox", "APbboxr", "APbboxc", "APbboxf"]
     table = pd.DataFrame(rows).T
     return table[[c for c in order if c in table]].round(1)
 
@@ -75,21 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("eql:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
 
-# %% ../nbs/18_cli.ipynb #9f897a07
+# %% ../nbs/18_cli.ipynb #6820568f
 Out = Annotated[Path, typer.Option(help="parent of the runs' folders")]
-Data = Annotated[str | None, typer.Option(help="CIFAR-100's folder (or EQL_DATA)")]
+Data = Annotated[str | None, typer.Option(help="the data's folder (or EQL_DATA)")]
 Fetch = Annotated[bool, typer.Option("--download", help="fetch CIFAR-100 to --data")]
 Workers = Annotated[int, typer.Option(help="processes that make batches")]
 Micro = Annotated[int, typer.Option(help="images per forward, 0: the whole batch")]
+Keep = Annotated[int, typer.Option(help="checkpoints to keep")]
 Every = Annotated[int, typer.Option(help="iterations from checkpoint to checkpoint")]
 Board = Annotated[bool, typer.Option("--tensorboard", help="write event files")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 
-# %% ../nbs/18_cli.ipynb #e09a4a67
+# %% ../nbs/18_cli.ipynb #c18fef01
 @app.command(name="recipes")
 def recipes_command() -> None:
     """List the recipes of the book and what sets each apart."""
-    columns = ["data", "imbalance", "network", "loss", "lambda_", "gamma"]
+    columns = ["data", "imbalance", "network", "loss", "lambda_", "gamma", "sampler"]
     columns += ["iterations", "batch", "background"]
     rows = {r.name: [getattr(r, c) for c in columns] for r in RECIPES.values()}
     print(pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string())
@@ -107,7 +110,14 @@ def resumable(folders: Iterable[Path]) -> Iterator[None]:
                 print(f"  eql resume {folder}", file=sys.stderr)
         raise SystemExit(130) from None
 
-# %% ../nbs/18_cli.ipynb #61ad7749
+# %% ../nbs/18_cli.ipynb #4f460787
+def _fetched(recipe: Recipe, root: str) -> str:
+    if recipe.data != "cifar100_lt":
+        raise ValueError(f"download: {recipe.name} does not train on CIFAR-100")
+    cifar100_lt(root, split="test", download=True)
+    return root
+
+# %% ../nbs/18_cli.ipynb #56f16f04
 @app.command()
 def run(
     recipes: Annotated[list[str], typer.Argument(help="names, or file.py:variable")],
@@ -118,23 +128,23 @@ def run(
     workers: Workers = 0,
     micro_batch: Micro = 0,
     checkpoint_every: Every = 100,
+    keep: Keep = 1,
     tensorboard: Board = False,
     force: Force = False,
 ) -> None:
     """Train recipes, each with every seed, side by side; unfinished runs continue."""
     runs = [(find_recipe(name), s) for name in recipes for s in seed]
-    options = Options(data, workers, micro_batch, checkpoint_every, tensorboard)
+    options = Options(data, workers, micro_batch, checkpoint_every, keep, tensorboard)
     folders = [run_folder(out, *pair) for pair in runs]
     if download:
-        cifar100_lt(data or "data", split="test", download=True)
-        options = replace(options, data=data or "data")
+        options = replace(options, data=_fetched(runs[0][0], data or "data"))
     with resumable(folders), progress(runs, "run") as bar:
         train(runs, out, options, bar=bar, force=force)
     print(results(folders).to_string())
     for folder in folders:
         print(f"record: {folder / 'record.json'}")
 
-# %% ../nbs/18_cli.ipynb #984ebecf
+# %% ../nbs/18_cli.ipynb #ad26baea
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Continue an unfinished run from its checkpoint."""
@@ -143,9 +153,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> No
     if not (folder / "run.json").is_file():
         raise ValueError(f"folder: {folder} holds no run (no run.json)")
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    fields = state["recipe"].items()
-    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields})
-    runs, out = [(recipe, state["seed"])], folder.resolve().parent
+    runs, out = [(recipe_from(state["recipe"]), state["seed"])], folder.resolve().parent
     if run_folder(out, *runs[0]) != folder.resolve():
         raise ValueError(
             f"folder: {folder} was {run_folder('', *runs[0])} once; rename it"

@@ -7,16 +7,18 @@ __all__ = ['MIN_SEEDS', 'SECONDS', 'project_root', 'paper_numbers', 'paper_value
            'changed_fields', 'load_records', 'add_record', 'mean_sd', 'verdict', 'Cell', 'results_table', 'readable',
            'provenance_line', 'estimated_minutes', 'missing']
 
-# %% ../nbs/15_records.ipynb #95ffe218
+# %% ../nbs/15_records.ipynb #056cc017
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .longtail import require
-from .recipes import RECIPES, Recipe, source_hash, source_modules
+from .recipe import Recipe, run_source
+from .recipes import RECIPES
 
 # %% ../nbs/15_records.ipynb #7e12d2d9
 _ = require("pandas")  # names the extra to install, where it is missing
@@ -78,7 +80,7 @@ def paper_value(table: str, row: str, metric: str) -> float:
         )
     return float(found.iloc[0])
 
-# %% ../nbs/15_records.ipynb #15d32cb6
+# %% ../nbs/15_records.ipynb #1852aaf9
 @dataclass(frozen=True)
 class Record:
     """One finished run.
@@ -87,6 +89,7 @@ class Record:
     device: in words. minutes: wall time. metrics: fractions on the test set.
     per_class, calibration, curves: lists by name, empty where not measured.
     versions: of the libraries. commit, source: of the code that ran.
+    speed: images a second and peak memory in GB, empty where not measured.
     changed: True if the source is another one today; not part of the file.
     """
 
@@ -102,6 +105,7 @@ class Record:
     versions: dict
     commit: str
     source: str
+    speed: dict = field(default_factory=dict)
     changed: bool = False
 
 
@@ -113,7 +117,7 @@ _TYPES = {
     "minutes": (int, float),
 }
 
-# %% ../nbs/15_records.ipynb #38d911a6
+# %% ../nbs/15_records.ipynb #59b29f46
 def _numbers(value: object, where: str) -> list[tuple[str, float]]:
     """All numbers inside nested dicts and lists, each with the path to it."""
     if isinstance(value, dict):
@@ -129,7 +133,7 @@ def _numbers(value: object, where: str) -> list[tuple[str, float]]:
 def _check_types(data: dict) -> None:
     if not isinstance(data, dict):
         raise ValueError(f"record is a {type(data).__name__}, expected an object")
-    for key in sorted(_TYPES.keys() ^ data.keys()):
+    for key in sorted(_TYPES.keys() ^ (data.keys() - {"speed"})):
         word = "missing" if key in _TYPES else "unknown"
         raise ValueError(f"record has a {word} entry {key!r}")
     for key, kind in _TYPES.items():
@@ -161,7 +165,7 @@ def check_record(data: dict) -> Record:
         raise ValueError(f"run ended at {done} of {wanted} iterations")
     return Record(**data)
 
-# %% ../nbs/15_records.ipynb #71f98ba1
+# %% ../nbs/15_records.ipynb #e0720ad7
 class RecipeChanged(ValueError):
     """A record was made by a recipe that has the same name and other fields."""
 
@@ -172,7 +176,7 @@ def changed_fields(recorded: dict, recipe: Recipe) -> list[str]:
     recorded: the `recipe` of a record. A field missing there has its default;
     a field that no longer exists counts as changed. The name does not count.
     """
-    default = json.loads(json.dumps(asdict(Recipe(recipe.name))))
+    default = json.loads(json.dumps(asdict(type(recipe)(recipe.name))))
     today = json.loads(json.dumps(asdict(recipe)))
     then = {**default, **recorded}
     return sorted(
@@ -197,7 +201,7 @@ def _read(file: Path) -> Record:
         raise ValueError(f"{file.name} holds the record {expected}")
     return record
 
-# %% ../nbs/15_records.ipynb #5ba123cf
+# %% ../nbs/15_records.ipynb #62471932
 def load_records(
     recipe: Recipe | str, folder: Path | str | None = None, source: str | None = None
 ) -> list[Record]:
@@ -209,7 +213,7 @@ def load_records(
     """
     recipe = _recipe(recipe)
     folder = project_root() / "records" if folder is None else Path(folder)
-    source = source_hash(source_modules(recipe)) if source is None else source
+    source = run_source(recipe) if source is None else source
     files = folder.glob(f"{recipe.name}-s*.json")
     records = [_read(f) for f in files if f.stem[len(recipe.name) + 2 :].isdigit()]
     for r in records:
@@ -417,31 +421,47 @@ def provenance_line(records: Sequence[Record]) -> str:
         f"{_joined([_versions(r) for r in records])}; commit {_joined(commits)}.{mark}"
     )
 
-# %% ../nbs/15_records.ipynb #98f2122c
-# seconds per iteration at batch 256: (large GPU, two CPU cores)
-SECONDS = {"resnet32": (0.014, 1.2), "resnet8": (0.008, 0.11)}
+# %% ../nbs/15_records.ipynb #495c6c99
+# seconds per image of a network or of a profile: (large GPU, two CPU cores)
+SECONDS = {
+    "lvis": (0.003, 1.0),
+    "pocket": (0.003, 0.06),
+    "resnet32": (0.014 / 256, 1.2 / 256),
+    "resnet8": (0.008 / 256, 0.11 / 256),
+    "resnet10": (0.1 / 1024, 0.05),
+    "resnet50": (0.4 / 1024, 0.3),
+}
 
 
 def estimated_minutes(recipe: Recipe) -> tuple[float, float]:
     """Minutes a run takes: on a large GPU, on two CPU cores."""
-    per_image = [s / 256 for s in SECONDS.get(recipe.network, SECONDS["resnet32"])]
     images = recipe.iterations * (recipe.batch + recipe.background)
-    gpu, cpu = (s * images / 60 for s in per_image)
+    seconds = SECONDS[recipe.profile or recipe.network.removesuffix("_cosine")]
+    gpu, cpu = (s * images / 60 for s in seconds)
     return gpu, cpu
 
-# %% ../nbs/15_records.ipynb #d4194e30
-_FIRST = ["cifar100lt_if200_softmax", "cifar100lt_if200_seql_l3_g95"]
+# %% ../nbs/15_records.ipynb #1bd45fba
+_ORDER = (
+    r"cifar100lt_if200_(softmax|seql_l3_g95)",  # the headline claim
+    r"cifar100lt_if200_seql_l\d_g\d\d",  # the rest of Table 7
+    r"cifar100lt_if200_\w+(?<!_short)",  # Table 8
+    r"cifar100lt_\w+(?<!_short)",  # milder imbalance
+    r"scenes_lvis_\w+",  # the stand-in of Tables 1 to 5
+    r"crops_imagenetlt_(?!pocket)\w+",  # the stand-in of Table 9
+    r"cifar100lt_\w+_short",
+    r"(crops_imagenetlt_pocket|pocket_r18)_\w+",
+)
+
+
+_AT_HAND = ("cifar100_lt", "crops", "crops_imagenet_lt", "scenes")
 
 
 def _value(name: str) -> int:
-    """0 is the most valuable: headline cells, full cells, short cells, the rest."""
-    if name in _FIRST:
-        return 0
-    if name.startswith("cifar100lt"):
-        return 2 if name.endswith("_short") else 1
-    return 3
+    """0 is the most valuable: the place in _ORDER, the rest after it."""
+    fits = [i for i, rule in enumerate(_ORDER) if re.fullmatch(rule, name)]
+    return fits[0] if fits else len(_ORDER)
 
-
+# %% ../nbs/15_records.ipynb #74bf7734
 def missing(
     recipes: Sequence[Recipe | str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
@@ -449,11 +469,14 @@ def missing(
 ) -> pd.DataFrame:
     """Runs without a record, the most valuable first.
 
-    recipes: default all of `RECIPES` but the quick start's. seeds: wanted of each.
+    recipes: default those of `RECIPES` whose data is embedded or CIFAR's, but the quick
+    start's. seeds: wanted of each.
     Returns: columns recipe, seed, minutes_gpu, minutes_cpu, command.
     """
     todo = []
-    pages = [name for name in RECIPES if not name.startswith("quickstart")]
+    pages = [
+        r for r in RECIPES.values() if r.data in _AT_HAND and "quickstart" not in r.name
+    ]
     for recipe in map(_recipe, pages if recipes is None else recipes):
         done = {r.seed for r in load_records(recipe, folder)}
         gpu, cpu = (round(m, 1) for m in estimated_minutes(recipe))

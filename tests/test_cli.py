@@ -13,7 +13,7 @@ import pytest
 EQL = [sys.executable, "-m", "eql_repro.cli"]
 LVIS = Path(os.environ.get("EQL_DATA", "")) / "lvis_v0.5_val_64/lvis_v0.5_val_64.json"
 RECIPE = """
-from eql_repro.recipes import Recipe
+from eql_repro.recipe import Recipe
 
 slow = Recipe("slow", data="crops", num_classes=5, imbalance=10, network="resnet8",
               loss="eql", lambda_=0.1, iterations=300, batch=8, background=8, lr=0.05,

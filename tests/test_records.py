@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("pandas")
 
-from eql_repro.recipes import RECIPES, Recipe  # noqa: E402
+from eql_repro.recipe import Recipe, run_source  # noqa: E402
+from eql_repro.recipes import RECIPES  # noqa: E402
 from eql_repro.records import (  # noqa: E402
     Cell,
     RecipeChanged,
@@ -25,7 +26,6 @@ from eql_repro.records import (  # noqa: E402
     results_table,
     verdict,
 )
-from eql_repro.training import source_hash, source_modules  # noqa: E402
 
 TINY = Recipe("tiny", iterations=2, warmup=0, milestones=())
 
@@ -43,7 +43,7 @@ def record(of=TINY, seed=0, top1=0.4, **changes):
         "curves": {"iteration": [1, 2], "loss": [2.0, 1.0], "evaluations": []},
         "versions": {"torch": "2.0"},
         "commit": "0123456789",
-        "source": source_hash(source_modules(of)),
+        "source": run_source(of),
     }
     return data | changes
 

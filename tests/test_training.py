@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eql_repro.recipes import Recipe
-from eql_repro.training import Interrupted, Options, load_data, run_folder, train
+from eql_repro.classify import load_data
+from eql_repro.recipe import Recipe
+from eql_repro.training import Interrupted, Options, run_folder, train
 
 TINY = Recipe(
     "tiny", data="crops", num_classes=10, imbalance=20, network="resnet8", loss="seql",
@@ -21,7 +22,7 @@ TINY = Recipe(
     milestones=(40,),
 )  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["eql_repro.training", "eql_repro.scenes", "accelerate"])
+CONTEXT.set_forkserver_preload(["eql_repro.training", "eql_repro.crops", "accelerate"])
 
 
 @pytest.fixture(scope="module", autouse=True)
