@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'NOTE', 'LAMBDAS', 'progress', 'results', 'main', 'recipes_command', 'resumable', 'run', 'resume',
-           'quick_figure', 'quickstart_command', 'records', 'frequencies']
+           'quick_figure', 'quickstart_command', 'records', 'frequencies', 'data_check', 'data_download',
+           'scenes_export', 'evaluate', 'predict']
 
-# %% ../nbs/18_cli.ipynb #c18f9e56
+# %% ../nbs/18_cli.ipynb #d108fc3a
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from .detect import readable_metrics
+from .fetch import download
 from .images import cifar100_lt
+from .instances import check_data
 from .longtail import ClassFrequency, require
+from .metrics import evaluate_lvis
 from .recipe import Recipe, recipe_from
 from .recipes import RECIPES, find_recipe, quickstart
+from .scenes import Scenes, export_scenes
 from .training import Interrupted, Options, images_in, run_folder, train
 
 # %% ../nbs/18_cli.ipynb #0784955a
@@ -201,7 +207,7 @@ def quickstart_command(
     print(table.to_string(), NOTE.format(iterations=runs[0][0].iterations), sep="\n\n")
     print(f"\nfigure: {out / 'quickstart.png'}")
 
-# %% ../nbs/18_cli.ipynb #604dcd42
+# %% ../nbs/18_cli.ipynb #ea55ec8d
 @app.command()
 def records(
     missing: Annotated[
@@ -220,9 +226,8 @@ def records(
         files = sorted((book.project_root() / "records").glob("*.json"))
         for file in files:
             r = json.loads(file.read_text(encoding="utf-8"))
-            print(
-                f"{file.stem}: top-1 {100 * r['metrics']['top1']:.1f} %, {r['device']}"
-            )
+            name, value = next(iter(r["metrics"].items()))
+            print(f"{file.stem}: {name} {100 * value:.1f} %, {r['device']}")
         print(f"{len(files)} records; `eql records --missing` lists what was not run")
 
 # %% ../nbs/18_cli.ipynb #5874af2c
@@ -248,6 +253,79 @@ def frequencies(
     for value in lambda_ or []:
         tail = [n for n, t in zip(names, frequency.tail(value), strict=True) if t]
         print(f"\ntail at lambda {value:g}: {', '.join(tail) or 'no class'}")
+
+# %% ../nbs/18_cli.ipynb #74ee889c
+data_app = typer.Typer(no_args_is_help=True, help="LVIS and COCO on disk.")
+scenes_app = typer.Typer(no_args_is_help=True, help="Embedded scenes.")
+app.add_typer(data_app, name="data")
+app.add_typer(scenes_app, name="scenes")
+Folder = Annotated[Path, typer.Argument(help="a folder")]
+
+# %% ../nbs/18_cli.ipynb #219e85f2
+@data_app.command(name="check")
+def data_check(
+    folder: Folder,
+    read_images: Annotated[bool, typer.Option(help="open every image too")] = False,
+) -> None:
+    """Say what is there of LVIS and COCO, what is missing, and where it is to be had."""
+    for part in check_data(folder, read_images=read_images):
+        print(part)
+
+
+@data_app.command(name="download")
+def data_download(
+    folder: Folder,
+    version: Annotated[str, typer.Option(help="v0.5, v1 or coco")] = "v0.5",
+    images: Annotated[bool, typer.Option(help="COCO's images too, 19 GB")] = True,
+    mirror: Annotated[str | None, typer.Option(help="address of a copy")] = None,
+) -> None:
+    """Fetch LVIS json and COCO images; goes on where it stopped."""
+    parts = ("train2017", "val2017") if images else ()
+    for path in download(folder, version, parts, mirror=mirror, progress=True):
+        print(path)
+
+# %% ../nbs/18_cli.ipynb #ddf57e9b
+@scenes_app.command(name="export")
+def scenes_export(
+    folder: Folder,
+    profile: Annotated[str, typer.Option(help="lvis or pocket")] = "pocket",
+    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    images: Annotated[int | None, typer.Option(help="so many, default all")] = None,
+) -> None:
+    """Write scenes as images and LVIS v0.5 json."""
+    print(export_scenes(folder, Scenes(profile, split), images))
+
+# %% ../nbs/18_cli.ipynb #e1251d0f
+@app.command()
+def evaluate(
+    folder: Annotated[Path | None, typer.Argument(help="a finished run")] = None,
+    ground_truth: Annotated[Path | None, typer.Option(help="LVIS json")] = None,
+    detections: Annotated[Path | None, typer.Option(help="results, json")] = None,
+    engine: Annotated[str, typer.Option(help="hotcoco or lvis")] = "hotcoco",
+    masks: Annotated[bool, typer.Option(help="masks too")] = True,
+    data: Data = None,
+) -> None:
+    """Measure a finished run again, or the detections of any model."""
+    if (folder is None) == (ground_truth is None or detections is None):
+        raise ValueError("folder: give a run, or --ground-truth and --detections")
+    if folder is not None:
+        found = require("eql_repro.predict").evaluate_run(folder, data)["metrics"]
+    else:
+        kinds = ("bbox", "segm") if masks else ("bbox",)
+        found = readable_metrics(evaluate_lvis(ground_truth, detections, kinds, engine))
+    for name, value in found.items():
+        print(f"{name:>10} {100 * value:6.2f}")
+
+# %% ../nbs/18_cli.ipynb #415d6791
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="a finished detection run")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    out: Annotated[Path, typer.Option(help="a new folder")] = Path("predictions"),
+    threshold: Annotated[float, typer.Option(help="smallest score drawn")] = 0.3,
+) -> None:
+    """Search photographs: detections as json lines, and a picture of each image."""
+    print(require("eql_repro.predict").predict(folder, images, out, threshold))
 
 # %% ../nbs/18_cli.ipynb #cae73c5e
 if __name__ == "__main__" and "__file__" in globals():

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['positive_rows', 'logit_sums', 'GradientMeter']
 
-# %% ../nbs/02_gradients.ipynb #4063e84d
+# %% ../nbs/02_gradients.ipynb #004346d4
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ class _Tap:
             raise RuntimeError("observe(target) must stand before backward")
         self.then(calls, rows.detach())
 
-# %% ../nbs/02_gradients.ipynb #73fafdc9
+# %% ../nbs/02_gradients.ipynb #5ba33e06
 _SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=1)}
 
 
@@ -151,23 +151,24 @@ def _processes() -> int:
     return dist.get_world_size() if there else 1
 
 
-def _joined(rows: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(positive: Tensor, negative: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
     """Join the processes: gradients are averaged, scores and counts are summed."""
+    parts = positive, negative, sums
     if (n := _processes()) > 1:
-        rows, sums = rows / n, torch.cat([sums[:2] / n, sums[2:]])
-        dist.all_reduce(rows)
-        dist.all_reduce(sums)
-    return rows, sums
+        parts = positive / n, negative / n, torch.cat([sums[:2] / n, sums[2:]])
+        for part in parts:
+            dist.all_reduce(part)
+    return parts
 
 
-def _entry(rows: Tensor, sums: Tensor, scale: float | Tensor) -> Tensor:
+def _entry(positive: Tensor, negative: Tensor, sums: Tensor, scale) -> Tensor:
     """What a step adds to the totals, [7, C]: norms, logit sums, and 1 for the step."""
-    norms = torch.linalg.vector_norm(rows, dim=2)
-    parts = [norms / scale, sums[:2] / scale, sums[2:], torch.ones_like(sums[:1])]
-    entry = torch.cat(parts)
+    norms = torch.stack([positive.norm(dim=1), negative.norm(dim=1)])
+    gradients = torch.cat([norms, sums[:2]]) / scale
+    entry = torch.cat([gradients, sums[2:], torch.ones_like(sums[:1])])
     return torch.where(entry.isfinite().all(), entry, 0)
 
-# %% ../nbs/02_gradients.ipynb #3b685434
+# %% ../nbs/02_gradients.ipynb #b6fa192a
 class _Step:
     """What the backward passes of one optimiser step add up to."""
 
@@ -185,18 +186,18 @@ class _Step:
         if not self.due:
             return
         parts = [_split(*item, classifier, score) for item in calls.items()]
-        positive, sums = (sum(part) for part in zip(*parts, strict=True))
-        rows = torch.stack([positive, _wide(rows).flatten(1) - positive])
+        positive, sums = (reduce(torch.add, part) for part in zip(*parts, strict=True))
+        parts = positive, _wide(rows).flatten(1) - positive, sums
         if self.entry is not None:  # not the first pass
-            rows, sums = self.rows + rows, self.sums + sums
-        self.rows, self.sums = rows, sums  # [2, C, D], [4, C]
+            parts = [a + b for a, b in zip(self.parts, parts, strict=True)]
+        self.parts = parts  # [C, D], [C, D], [4, C]
         if _processes() > 1:
             torch.autograd.Variable._execution_engine.queue_callback(self.close)
         else:
             self.close()
 
     def close(self) -> None:
-        self.entry = _entry(*_joined(self.rows, self.sums), self.scale)
+        self.entry = _entry(*_joined(*self.parts), self.scale)
 
 # %% ../nbs/02_gradients.ipynb #98750629
 _NAMES = ("positive_gradient", "negative_gradient", "positive_logit", "negative_logit")

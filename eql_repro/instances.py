@@ -148,7 +148,7 @@ def _truth(annotations: Annotations, images: list[int]) -> dict:
         "categories": [*annotations.categories],
     }
 
-# %% ../nbs/08_instances.ipynb #55c98604
+# %% ../nbs/08_instances.ipynb #cdd23b05
 class InstanceSet(Dataset):
     """Images with boxes, labels and masks for torchvision's detectors.
 
@@ -161,7 +161,7 @@ class InstanceSet(Dataset):
     x2, y2, inside the image), `labels` int64 [N] in 0 to C-1, `area` float32 [N],
     `iscrowd` int64 [N], all 0, `image_id` int64 [], `neg_labels` and
     `not_exhaustive_labels` int64 [any], `masks` uint8 [N, H, W]. N may be 0.
-    Attributes: `num_classes`, C; `class_names`, C strings; `category_ids` int64 [C];
+    Attributes: `num_classes`, C; `names`, C strings; `category_ids` int64 [C];
     `frequency`, the `ClassFrequency` of the whole file: a loss wants that of the
     training file; `images`, positions in the file of the items.
 
@@ -187,7 +187,7 @@ class InstanceSet(Dataset):
         self.paths, self.masks = find_images(annotations.files, folders), masks
         _check_missing(annotations, self.paths, skip)
         self.images = _in_use(annotations, self.paths, keep)
-        self.class_names, self.num_classes = self.frequency.names, len(self.frequency)
+        self.names, self.num_classes = self.frequency.names, len(self.frequency)
         self.category_ids = torch.tensor([*annotations.labels])
 
     def __len__(self) -> int:

@@ -165,7 +165,7 @@ def _fields(row: dict, kind: str, *names: str) -> dict:
         )
     return {name: row[name] for name in names}
 
-# %% ../nbs/10_metrics.ipynb #f67f619a
+# %% ../nbs/10_metrics.ipynb #aa44968c
 def _rows(source: Any) -> Iterator[dict]:
     """Rows of a list, of a json list, or of a file of JSON lines."""
     if not isinstance(source, (str, PathLike)):
@@ -183,7 +183,7 @@ def _rows(source: Any) -> Iterator[dict]:
 
 def _source(source: Any) -> dict:
     """The LVIS dict, every id listed and listed once."""
-    source = source.coco_dict() if hasattr(source, "coco_dict") else source
+    source = source.to_lvis() if hasattr(source, "to_lvis") else source
     if isinstance(source, (str, PathLike)):
         source = json.loads(Path(source).read_text(encoding="utf-8"))
     try:
@@ -306,7 +306,7 @@ def _summary(precision: np.ndarray, categories: list[dict]) -> dict[str, Any]:
     result["per_class"] = {j: _mean(every[..., k]) for k, j in enumerate(ids)}
     return result
 
-# %% ../nbs/10_metrics.ipynb #4cfc8546
+# %% ../nbs/10_metrics.ipynb #da8aff49
 def _read(ground_truth: Any, detections: Any, iou_types: Sequence[str]) -> tuple:
     if isinstance(iou_types, str) or not {*iou_types} <= {"bbox", "segm"}:
         raise ValueError(f"iou_types: got {iou_types!r}, expected some of bbox, segm")
@@ -323,7 +323,7 @@ def evaluate_lvis(
 ) -> dict[str, dict[str, Any]]:
     """Average precision by the rules of LVIS, as fractions (Tables 1 to 6).
 
-    ground_truth: LVIS json as path or dict, or an object whose method `coco_dict()`
+    ground_truth: LVIS json as path or dict, or an object whose method `to_lvis()`
     returns the dict; detections: rows of image_id, category_id, bbox [x, y, w, h] in
     pixels, score and, for "segm", segmentation (RLE or polygons) as list, json file or
     .jsonl file; iou_types: "bbox", "segm" or both; engine: "hotcoco", or "lvis", the

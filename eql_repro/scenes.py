@@ -468,7 +468,7 @@ def render_scene(
     cast, items, size = _scene(index, profile, split, seed, size)
     return _paint(cast, items, size), _target(cast, items, index, size)
 
-# %% ../nbs/09_scenes.ipynb #c8b11ae7
+# %% ../nbs/09_scenes.ipynb #a4f635f9
 class Scenes(Dataset):
     """All scenes of a split; item i is what `render_scene` gives for index i.
 
@@ -513,7 +513,7 @@ class Scenes(Dataset):
         cast, items, size = _scene(index, *where)
         return _target(cast, items, index, size)
 
-    def coco_dict(self, images: int | None = None) -> dict:
+    def to_lvis(self, images: int | None = None) -> dict:
         """The truth of the first `images` scenes, else all, as LVIS v0.5's json."""
         return _lvis(self, self.target, images)
 

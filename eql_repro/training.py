@@ -345,7 +345,7 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
         accelerator.init_trackers("tensorboard")
     return accelerator
 
-# %% ../nbs/14_training.ipynb #c09a5ef7
+# %% ../nbs/14_training.ipynb #8b77480f
 def open_lane(
     recipe: Recipe, seed: int, folder: Path, task: Any, accelerator: Any
 ) -> Lane:
@@ -356,16 +356,15 @@ def open_lane(
     return lane
 
 
-def write_start(
-    folder: Path, recipe: Recipe, seed: int, options: Options, accelerator: Any
-) -> None:
+def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
     """Write `run.json`: what is run, how, and by which code; on the main process."""
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        what = {"recipe": asdict(recipe), "seed": seed, "options": asdict(options)}
-        write_json(folder / "run.json", what | {"provenance": provenance()})
+        lane.folder.mkdir(parents=True, exist_ok=True)
+        what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
+        what |= {"options": asdict(options), "names": lane.task.frequency.names}
+        write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
-# %% ../nbs/14_training.ipynb #e9ab139a
+# %% ../nbs/14_training.ipynb #16f0ecc0
 def train(
     runs: Sequence[tuple[Recipe, int]],
     out: str | Path = "runs",
@@ -389,8 +388,8 @@ def train(
     accelerator.wait_for_everyone()
     task, lanes = TASKS[runs[0][0].data](runs[0][0], options.data), []
     for folder, run in zip(folders, runs, strict=True):
-        write_start(folder, *run, options, accelerator)
         lanes.append(open_lane(*run, folder, task, accelerator))
+        write_start(lanes[-1], options, accelerator)
         bar.update(images_in(run[0], lanes[-1].iteration))
     run_lanes(lanes, accelerator, options, bar)
     for lane in lanes:

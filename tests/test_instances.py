@@ -120,6 +120,7 @@ def test_an_error_names_a_file_that_is_no_annotation_file(tmp_path, text):
         ({"bbox": [W - 0.5, 2, 10, 10]}, "degenerate boxes", True),
         ({"bbox": [2, float("nan"), 10, 10]}, "degenerate boxes", True),
         ({"bbox": [2, 2, -3, 10]}, "degenerate boxes", True),
+        ({"bbox": [2, 2, float("inf"), 10]}, "degenerate boxes", True),
         ({"segmentation": []}, "empty segmentations", False),
         ({"segmentation": [[]]}, "empty segmentations", False),
         ({"segmentation": [[1, 1, 2, 2]]}, "empty segmentations", False),
@@ -151,7 +152,7 @@ def test_a_good_file_gives_no_warning_and_is_not_changed(truth, folder):
 def test_gaps_in_category_ids(truth, folder):
     data = InstanceSet(truth, folder)
     assert data[0][1]["labels"].tolist() == [1] and data.image_classes == [[1], []]
-    assert data.category_ids.tolist() == [4, 9] and data.class_names == ("cat", "fish")
+    assert data.category_ids.tolist() == [4, 9] and data.names == ("cat", "fish")
     assert data.frequency.counts.tolist() == [0, 1] and data.frequency.total == 2
 
 
@@ -362,7 +363,7 @@ def test_real_photographs(lvis):
 def test_real_boxes_fit_their_masks(lvis):
     folder, truth = lvis
     data, known = InstanceSet(truth, folder), {c["id"]: c for c in truth["categories"]}
-    assert data.class_names[0] == known[1]["name"] and [*known] == sorted(known)
+    assert data.names[0] == known[1]["name"] and [*known] == sorted(known)
     count, off = 0, []
     for (image, target), row in zip(data, truth["images"], strict=True):
         assert (

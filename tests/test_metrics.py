@@ -287,7 +287,7 @@ def test_sources_are_alike_and_stay_as_they_are(tmp_path):
     expected = repr(evaluate_lvis(truth, rows))
 
     class Data:
-        def coco_dict(self):
+        def to_lvis(self):
             return truth
 
     paths = [tmp_path / name for name in ("truth.json", "rows.json", "rows.jsonl")]
