@@ -32,8 +32,8 @@ from eql_repro.images import (
 from .longtail import ClassFrequency
 from .metrics import classification_results, top_k
 
-# %% ../nbs/14_classify.ipynb #88f451c9
-from .recipe import Recipe
+# %% ../nbs/14_classify.ipynb #b0d4da81
+from .recipe import DETECTED, Recipe
 from eql_repro.rivals import (
     BalancedSoftmaxLoss,
     ClassBalancedLoss,
@@ -190,7 +190,7 @@ def _seql(recipe: Recipe, frequency: ClassFrequency, **options: Any) -> nn.Modul
     same = {"gamma": recipe.gamma, "threshold": recipe.threshold}
     return SoftmaxEqualizationLoss(frequency, recipe.lambda_, **same, **options)
 
-# %% ../nbs/14_classify.ipynb #56d5f9f0
+# %% ../nbs/14_classify.ipynb #02e360b4
 CLASS_LOSSES: dict[str, Callable[..., nn.Module]] = {
     "softmax": lambda r, f, g, **o: SoftmaxCrossEntropy(**o),
     "sigmoid": lambda r, f, g, **o: SigmoidCrossEntropy(**o),
@@ -200,7 +200,7 @@ CLASS_LOSSES: dict[str, Callable[..., nn.Module]] = {
     "class_balanced": lambda r, f, g, **o: ClassBalancedLoss(f, **o),
     "class_weighted": lambda r, f, g, **o: ClassWeightedLoss(f, **o),
     "eqlv2": lambda r, f, g, **o: EQLv2(len(f), **o),
-    "seesaw": lambda r, f, g, **o: SeesawLoss(len(f), **o),
+    "seesaw": lambda r, f, g, **o: SeesawLoss(len(f) + (r.data in DETECTED), **o),
     "balanced_softmax": lambda r, f, g, **o: BalancedSoftmaxLoss(f, **o),
     "ldam": lambda r, f, g, **o: LDAMLoss(f, **o),
 }
