@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LOG_EVERY', 'SHARED', 'log', 'watch', 'thin', 'metered', 'images_in', 'speed', 'build_record', 'finish', 'load_run',
            'Options', 'check_runs', 'run_folder', 'open_folder', 'Interrupted', 'stop_signals', 'should_stop',
-           'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'write_start', 'train']
+           'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'write_start', 'lost_process', 'train']
 
-# %% ../nbs/14_training.ipynb #92f926d0
+# %% ../nbs/14_training.ipynb #e2f7880b
 import json
+import re
 import resource
 import signal
 import threading
@@ -41,16 +42,18 @@ from .longtail import ClassFrequency, require
 from .provenance import device_name, provenance, write_file, write_json
 from .recipe import Recipe, recipe_from, run_source
 
-# %% ../nbs/14_training.ipynb #c742f8c5
+# %% ../nbs/14_training.ipynb #d066e7b1
 LOG_EVERY = 10
 
 
 def log(lane: Lane, accelerator: Any) -> None:
     """Append the mean loss since the last call; stop where a loss is not finite.
 
+    Losses are means over the processes, all of which must call this.
     Raises FloatingPointError naming the run, the iteration and the batch's file.
     """
-    losses, lane.recent = [float(x) for x in lane.recent], []
+    own = torch.tensor([float(x) for x in lane.recent], device=accelerator.device)
+    losses, lane.recent = accelerator.reduce(own, "mean").tolist(), []
     first, name = lane.iteration - len(losses), lane.folder.name
     for t, value in enumerate(losses, start=first):
         if not abs(value) < float("inf"):
@@ -364,7 +367,21 @@ def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
         what |= {"options": asdict(options), "names": lane.task.frequency.names}
         write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
-# %% ../nbs/14_training.ipynb #16f0ecc0
+# %% ../nbs/14_training.ipynb #105cd36e
+@contextmanager
+def lost_process(processes: int) -> Iterator[None]:
+    """Say what to do where another process is gone: ConnectionError for gloo's, NCCL's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not re.search("gloo|nccl|connection", str(error), re.I):
+            raise
+        raise ConnectionError(
+            "another process of this run is gone; the same command goes on from the "
+            f"last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+
+# %% ../nbs/14_training.ipynb #6928c23c
 def train(
     runs: Sequence[tuple[Recipe, int]],
     out: str | Path = "runs",
@@ -377,7 +394,8 @@ def train(
 
     bar: an object with `update(images)`; force: discard what stands in the folders.
     An unfinished run continues. Raises ValueError or FileExistsError before any work,
-    FloatingPointError where a loss is not finite, Interrupted after Ctrl-C or SIGTERM.
+    FloatingPointError where a loss is not finite, Interrupted after Ctrl-C or SIGTERM,
+    ConnectionError where another process of the run is gone.
     """
     accelerator = open_accelerator(runs, out, options)
     bar = bar or require("tqdm").tqdm(disable=True)
@@ -391,7 +409,8 @@ def train(
         lanes.append(open_lane(*run, folder, task, accelerator))
         write_start(lanes[-1], options, accelerator)
         bar.update(images_in(run[0], lanes[-1].iteration))
-    run_lanes(lanes, accelerator, options, bar)
-    for lane in lanes:
-        finish(lane, accelerator, options.workers)
+    with lost_process(accelerator.num_processes):
+        run_lanes(lanes, accelerator, options, bar)
+        for lane in lanes:
+            finish(lane, accelerator, options.workers)
     return folders

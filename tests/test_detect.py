@@ -1,0 +1,144 @@
+"""Detection runs: processes, a lost process, and real LVIS photographs."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from eql_repro.detect import Detection
+from eql_repro.instances import read_annotations
+from eql_repro.metrics import evaluate_lvis
+from eql_repro.recipe_detect import POCKET
+from eql_repro.training import Options, load_run, train
+
+pytest.importorskip("hotcoco")
+SMALL = {
+    "min_size": 64, "channels": 16, "hidden": 32, "proposals": (40, 20), "regions": 16,
+}  # fmt: skip
+TINY = replace(
+    POCKET, name="tiny", loss="eql", lambda_=0.05, iterations=3, batch=4, warmup=0,
+    detector_options=tuple((dict(POCKET.detector_options) | SMALL).items()),
+)  # fmt: skip
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["eql_repro.training", "accelerate"])
+DATA = os.environ.get("EQL_DATA")
+PHOTOS = DATA and Path(DATA) / "lvis_v0.5_val_64"
+real = pytest.mark.skipif(not DATA, reason="EQL_DATA is not set: no real photographs")
+
+
+def one_of_two(rank: int, out: str, port: int, recipe, every: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    try:
+        train([(recipe, 0)], out, Options(checkpoint_every=every))
+    except ConnectionError as error:
+        Path(out, f"said-{rank}").write_text(str(error))
+        os._exit(2)
+
+
+def two_processes(out: Path, recipe, every: int = 100) -> list:
+    port = 20000 + (os.getpid() + time.monotonic_ns() // 1000) % 20000
+    pair = []
+    for rank in (0, 1):
+        arguments = rank, str(out), port, recipe, every
+        pair.append(CONTEXT.Process(target=one_of_two, args=arguments))
+        pair[-1].start()
+    return pair
+
+
+def losses(folder: Path) -> list[float]:
+    return json.loads((folder / "record.json").read_text())["curves"]["loss"]
+
+
+def test_two_processes_have_the_losses_of_one_with_the_whole_batch(tmp_path):
+    options = (*TINY.detector_options, ("normalizer", "image"), ("norm", "frozen"))
+    recipe = replace(TINY, name="frozen", detector_options=options, lr=1e-4)
+    (alone,) = train([(recipe, 0)], tmp_path / "one")
+    pair = two_processes(tmp_path / "two", recipe)
+    for process in pair:
+        process.join(240)
+    assert [process.exitcode for process in pair] == [0, 0]
+    both = tmp_path / "two" / alone.name
+    assert losses(both) == pytest.approx(losses(alone), rel=1e-4)
+    rows = {
+        json.loads(line)["image_id"]
+        for line in (both / "detections.jsonl").read_text().splitlines()
+    }
+    assert {i % 2 for i in rows} == {0, 1}, "a process's detections are missing"
+
+
+def test_a_lost_process_ends_the_run_and_it_resumes(tmp_path):
+    recipe = replace(TINY, name="lost", iterations=40)
+    pair = two_processes(tmp_path, recipe, every=2)
+    path, end = tmp_path / "lost-s0" / "checkpoint.pt", time.monotonic() + 240
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.kill(pair[1].pid, signal.SIGKILL)
+    pair[0].join(240)
+    assert pair[0].exitcode == 2
+    assert "goes on from the last checkpoint" in (tmp_path / "said-0").read_text()
+    reached = torch.load(path, weights_only=True)["iteration"]
+    assert 0 < reached < 40
+    (folder,) = train([(recipe, 0)], tmp_path)
+    assert json.loads((folder / "record.json").read_text())["iterations"] == 40
+
+
+def link_photos(folder: Path, images: int) -> None:
+    """A folder of data with the photographs of fewest objects, to train and to test."""
+    truth = json.loads((PHOTOS / "lvis_v0.5_val_64.json").read_text())
+    known = read_annotations(truth)
+    sizes = [(len(r.annotations), r.image["id"]) for r in known.records]
+    chosen = [i for n, i in sorted(sizes) if n > 1][:images]
+    truth["images"] = [row for row in truth["images"] if row["id"] in chosen]
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in chosen]
+    for name in ("train.json", "val.json"):
+        (folder / name).write_text(json.dumps(truth))
+    (folder / "val2017").symlink_to(PHOTOS / "val2017")
+
+
+@real
+def test_real_photographs_can_be_learned(tmp_path):
+    link_photos(tmp_path, 3)
+    options = dict(POCKET.detector_options)
+    options |= {"min_size": 192, "max_size": 320}
+    options |= {"anchor_sizes": (16, 32, 64, 128, 256)}
+    recipe = replace(
+        POCKET, name="photos", data="instances", profile="", num_classes=1230,
+        loss="sigmoid", prior=0.001, iterations=150, batch=3, lr=1e-3, warmup=10,
+        augment=(), detector_options=tuple(options.items()),
+    )  # fmt: skip
+    (folder,) = train([(recipe, 0)], tmp_path, Options(data=str(tmp_path)))
+    record = json.loads((folder / "record.json").read_text())
+    assert record["metrics"]["APbbox"] > 0.5
+    found, truth = folder / "detections.jsonl", tmp_path / "val.json"
+    kinds = "bbox", "segm"
+    engines = [repr(evaluate_lvis(truth, found, kinds, e)) for e in ("hotcoco", "lvis")]
+    assert engines[0] == engines[1]
+    assert (folder / "detections.png").stat().st_size > 100_000
+
+
+def test_a_trained_detector_is_loaded_without_its_backbone_weights(tmp_path):
+    weights = tmp_path / "r18.pt"
+    torch.save(resnet18().state_dict(), weights)
+    options = (*TINY.detector_options, ("pretrained_backbone", str(weights)))
+    recipe = replace(TINY, name="pretrained", detector_options=options, iterations=1)
+    (folder,) = train([(recipe, 0)], tmp_path)
+    weights.unlink()
+    model, loaded = load_run(folder)
+    assert loaded == recipe and not model.training
+
+
+def test_data_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match="got 31, the data has 30"):
+        Detection(replace(TINY, num_classes=31))
