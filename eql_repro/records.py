@@ -255,7 +255,7 @@ def add_record(
     os.replace(part, target)  # a reader sees the old file or the new one
     return target
 
-# %% ../nbs/15_records.ipynb #45c13a28
+# %% ../nbs/15_records.ipynb #d72491a9
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1); nan where they do not exist."""
     n = len(values)
@@ -264,13 +264,13 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(square / (n - 1)) if n > 1 else math.nan
 
 
-def _clear_gain(ours: Sequence[float], baseline: Sequence[float], sign: int) -> bool:
-    """True if ours lies on that side of the baseline by over two standard errors."""
+def _clear_gain(ours: Sequence[float], baseline: Sequence[float], gain: float) -> bool:
+    """True if ours gains with the sign of `gain`, by over two standard errors."""
     (mean, sd), (base, base_sd) = mean_sd(ours), mean_sd(baseline)
     error = math.sqrt(sd**2 / len(ours) + base_sd**2 / len(baseline))
-    return sign * (mean - base) > 2 * error
+    return gain * (mean - base) > 0 and abs(mean - base) > 2 * error
 
-# %% ../nbs/15_records.ipynb #f2603270
+# %% ../nbs/15_records.ipynb #fea1a9a0
 MIN_SEEDS = 3
 
 
@@ -284,42 +284,43 @@ def verdict(
 ) -> str:
     """What our runs say about one number of the paper.
 
-    ours, paper: percent, one value per seed against the paper's value.
+    ours, paper: percent, one value per seed against the paper's value, which is nan
+    for a row that the paper does not have.
     baseline, paper_baseline: the same for the method compared with; None for a row
     that is itself the baseline.
     same_recipe: False for another data set or schedule than the paper's.
     Returns: "reproduced", "direction only", "not reproduced", "reference",
-    "too few seeds" or "not run".
+    "too few seeds", "not in the paper" or "not run".
     """
     if not len(ours):
         return "not run"
     if baseline is None and not same_recipe:
         return "reference"
+    if math.isnan(paper):
+        return "not in the paper"
     if len(ours) < MIN_SEEDS:
         return "too few seeds"
     mean, sd = mean_sd(ours)
-    if same_recipe and abs(mean - paper) <= max(1.0, 2 * sd) + 1e-9:
+    if same_recipe and abs(mean - paper) <= max(1, 2 * sd) + 1e-9:
         return "reproduced"
-    if baseline is None:
-        return "not reproduced"
-    if len(baseline) < MIN_SEEDS:
+    if baseline is not None and len(baseline) < MIN_SEEDS:
         return "too few seeds"
-    sign = (paper > paper_baseline) - (paper < paper_baseline)
-    clear = _clear_gain(ours, baseline, sign)
-    return "direction only" if clear else "not reproduced"
+    if baseline is None or not _clear_gain(ours, baseline, paper - paper_baseline):
+        return "not reproduced"
+    return "direction only"
 
-# %% ../nbs/15_records.ipynb #8bbf6d43
+# %% ../nbs/15_records.ipynb #f2609618
 @dataclass(frozen=True)
 class Cell:
     """One row of a results table.
 
     setting: the row's label. recipe: a recipe or its name.
-    paper: the paper's value in percent.
+    paper: the paper's value in percent, nan where it has none.
     """
 
     setting: str
     recipe: Recipe | str
-    paper: float
+    paper: float = math.nan
 
 
 def _percent(records: Sequence[Record], metric: str) -> list[float]:
@@ -366,7 +367,7 @@ def results_table(
         rows.append((*row, mean - cell.paper, gain, said, changed))
     return pd.DataFrame(rows, columns=_COLUMNS)
 
-# %% ../nbs/15_records.ipynb #daebdcb1
+# %% ../nbs/15_records.ipynb #6bbdfe87
 def _ours(row: pd.Series) -> str:
     if not row.seeds:
         return "–"
@@ -385,7 +386,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     table: from `results_table`.
     """
     text = table[["setting"]].copy()
-    text["paper"] = table.paper.map("{:.2f}".format)
+    text["paper"] = table.paper.map("{:.2f}".format).where(table.paper.notna(), "–")
     text["ours, mean ± sd (seeds)"] = table.apply(_ours, axis=1)
     for name in ("difference", "gain"):
         text[name] = table[name].map("{:+.1f}".format).where(table[name].notna(), "–")

@@ -315,3 +315,11 @@ def test_the_paper_answers_or_says_what_it_has():
         paper_numbers("table99")
     with pytest.raises(ValueError, match="occurs 0 times"):
         paper_value("table9", "gamma=0.9", "AP")
+
+
+def test_a_row_that_the_paper_does_not_have_has_no_verdict_on_it(tmp_path):
+    for seed in range(3):
+        save(tmp_path, record(seed=seed))
+    text = readable(results_table([Cell("tiny", TINY)], folder=tmp_path))
+    assert text.verdict[0] == "not in the paper"
+    assert text.paper[0] == text.difference[0] == "–"
