@@ -261,13 +261,13 @@ app.add_typer(data_app, name="data")
 app.add_typer(scenes_app, name="scenes")
 Folder = Annotated[Path, typer.Argument(help="a folder")]
 
-# %% ../nbs/18_cli.ipynb #219e85f2
+# %% ../nbs/18_cli.ipynb #b4345575
 @data_app.command(name="check")
 def data_check(
     folder: Folder,
     read_images: Annotated[bool, typer.Option(help="open every image too")] = False,
 ) -> None:
-    """Say what is there of LVIS and COCO, what is missing, and where it is to be had."""
+    """Say what is there of LVIS and COCO, what is missing, and where to get it."""
     for part in check_data(folder, read_images=read_images):
         print(part)
 

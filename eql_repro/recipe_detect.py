@@ -28,9 +28,9 @@ _NETWORKS = {
     "cascade_r101_fpn": "cascade_mask_rcnn_r101_fpn",
 }
 
-# %% ../nbs/13_recipe_detect.ipynb #5049eeef
+# %% ../nbs/13_recipe_detect.ipynb #f6de7ef3
 def table1() -> list[Recipe]:
-    """The rows of Table 1 with a feature pyramid: sigmoid and EQL for four detectors."""
+    """The rows of Table 1 with a feature pyramid: four detectors, sigmoid and EQL."""
     rows = []
     for name, network in _NETWORKS.items():
         start = replace(LVIS, name=f"lvis_v05_{name}_sigmoid", network=network)
@@ -75,7 +75,7 @@ def table5() -> list[Recipe]:
     spared = replace(LVIS, name=f"{start}_eql_spared", detector_options=rule, **_EQL)
     return [*rows, spared]
 
-# %% ../nbs/13_recipe_detect.ipynb #4683a18c
+# %% ../nbs/13_recipe_detect.ipynb #c7c69631
 _RELEASED_OPTIONS = (
     ("pretrained_backbone", "IMAGENET1K_V1"),
     ("class_agnostic_mask", False),
@@ -85,7 +85,7 @@ _RELEASED_OPTIONS = (
 
 
 def released() -> list[Recipe]:
-    """Softmax, EQL, and EQL with resampling as the released configurations have them."""
+    """Softmax, EQL, and EQL with resampling as in the released configurations."""
     softmax = replace(
         LVIS, name="released_r50_fpn_softmax", loss="softmax", iterations=90_000,
         batch=16, lr=0.02, warmup_lr=2e-5, milestones=(60_000, 80_000),

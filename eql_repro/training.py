@@ -367,10 +367,10 @@ def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
         what |= {"options": asdict(options), "names": lane.task.frequency.names}
         write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
-# %% ../nbs/14_training.ipynb #105cd36e
+# %% ../nbs/14_training.ipynb #f5d7bee5
 @contextmanager
 def lost_process(processes: int) -> Iterator[None]:
-    """Say what to do where another process is gone: ConnectionError for gloo's, NCCL's."""
+    """Turn the errors of gloo and NCCL into a ConnectionError that says what to do."""
     try:
         yield
     except RuntimeError as error:
