@@ -91,13 +91,14 @@ def resnet10(num_classes: int) -> nn.Module:
     block = torchvision.models.resnet.BasicBlock
     return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=num_classes)
 
-# %% ../nbs/11_classifier.ipynb #21473b71
+# %% ../nbs/11_classifier.ipynb #d6f83bce
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": partial(CifarResNet, 8),
     "resnet20": partial(CifarResNet, 20),
     "resnet32": partial(CifarResNet, 32),
     "resnet32_cosine": partial(CifarResNet, 32, cosine=True),
     "resnet10": resnet10,
+    "resnet18": torchvision.models.resnet18,
     "resnet50": torchvision.models.resnet50,
 }
 

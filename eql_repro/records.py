@@ -422,13 +422,14 @@ def provenance_line(records: Sequence[Record]) -> str:
         f"{_joined([_versions(r) for r in records])}; commit {_joined(commits)}.{mark}"
     )
 
-# %% ../nbs/15_records.ipynb #495c6c99
+# %% ../nbs/15_records.ipynb #94839895
 # seconds per image of a network or of a profile: (large GPU, two CPU cores)
 SECONDS = {
     "lvis": (0.003, 1.0),
     "pocket": (0.003, 0.06),
     "resnet32": (0.014 / 256, 1.2 / 256),
     "resnet8": (0.008 / 256, 0.11 / 256),
+    "resnet18": (0.02 / 256, 0.004),
     "resnet10": (0.1 / 1024, 0.05),
     "resnet50": (0.4 / 1024, 0.3),
 }

@@ -381,7 +381,7 @@ def lost_process(processes: int) -> Iterator[None]:
             f"last checkpoint ({str(error).splitlines()[0]})"
         ) from error
 
-# %% ../nbs/14_training.ipynb #6928c23c
+# %% ../nbs/14_training.ipynb #d58e3f75
 def train(
     runs: Sequence[tuple[Recipe, int]],
     out: str | Path = "runs",
@@ -400,10 +400,9 @@ def train(
     accelerator = open_accelerator(runs, out, options)
     bar = bar or require("tqdm").tqdm(disable=True)
     folders = [run_folder(out, *run) for run in runs]
-    if accelerator.is_main_process:
+    with accelerator.main_process_first():
         for folder, run in zip(folders, runs, strict=True):
-            open_folder(folder, *run, force)
-    accelerator.wait_for_everyone()
+            open_folder(folder, *run, force and accelerator.is_main_process)
     task, lanes = TASKS[runs[0][0].data](runs[0][0], options.data), []
     for folder, run in zip(folders, runs, strict=True):
         lanes.append(open_lane(*run, folder, task, accelerator))
@@ -413,4 +412,5 @@ def train(
         run_lanes(lanes, accelerator, options, bar)
         for lane in lanes:
             finish(lane, accelerator, options.workers)
+        accelerator.wait_for_everyone()
     return folders
