@@ -7,7 +7,7 @@ __all__ = ['app', 'EXPECTED', 'NOTE', 'LAMBDAS', 'first_process', 'progress', 'r
            'run', 'resume', 'quick_figure', 'quickstart_command', 'records', 'frequencies', 'data_check',
            'data_download', 'scenes_export', 'evaluate', 'predict']
 
-# %% ../nbs/18_cli.ipynb #c819e12a
+# %% ../nbs/18_cli.ipynb #4c82009a
 import json
 import os
 import sys
@@ -24,6 +24,7 @@ from .instances import check_data
 from .longtail import ClassFrequency, require
 from .metrics import evaluate_lvis
 from .recipe import Recipe, recipe_from
+from .recipe_detect import cost, paper_row
 from .recipes import RECIPES, find_recipe, quickstart
 from .scenes import Scenes, export_scenes
 from .training import Interrupted, Options, images_in, run_folder, train
@@ -101,14 +102,22 @@ Every = Annotated[int, typer.Option(help="iterations from checkpoint to checkpoi
 Board = Annotated[bool, typer.Option("--tensorboard", help="write event files")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 
-# %% ../nbs/18_cli.ipynb #c18fef01
+# %% ../nbs/18_cli.ipynb #a88f29aa
 @app.command(name="recipes")
 def recipes_command() -> None:
-    """List the recipes of the book and what sets each apart."""
+    """List the recipes: what sets each apart; for LVIS, its cost and the paper's AP."""
     columns = ["data", "imbalance", "network", "loss", "lambda_", "gamma", "sampler"]
     columns += ["iterations", "batch", "background"]
     rows = {r.name: [getattr(r, c) for c in columns] for r in RECIPES.values()}
     print(pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string())
+    lvis = [r for r in RECIPES.values() if r.data.startswith("lvis")]
+    expected = {r.name: {k: round(v) for k, v in cost(r).items()} for r in lvis}
+    for r in lvis:
+        if row := paper_row(r):
+            value = require("eql_repro.records").paper_value(*row, "AP")
+            expected[r.name]["paper's AP"] = value
+    print("\nEstimates for one large GPU (not measured), and the paper's mask AP:")
+    print(pd.DataFrame(expected).T.to_string(na_rep=""))
 
 # %% ../nbs/18_cli.ipynb #5e823c83
 @contextmanager
