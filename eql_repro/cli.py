@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'EXPECTED', 'NOTE', 'LAMBDAS', 'first_process', 'progress', 'results', 'main', 'recipes_command', 'resumable',
-           'run', 'resume', 'quick_figure', 'quickstart_command', 'records', 'frequencies', 'data_check',
-           'data_download', 'scenes_export', 'evaluate', 'predict']
+           'run', 'resume', 'quick_figure', 'quickstart_command', 'records', 'frequencies']
 
-# %% ../nbs/18_cli.ipynb #4c82009a
+# %% ../nbs/18_cli.ipynb #f33f1434
 import json
 import os
 import sys
@@ -17,16 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from .detect import readable_metrics
-from .fetch import download
+from .commands import data_app, evaluate, predict, scenes_app
 from .images import cifar100_lt
-from .instances import check_data
 from .longtail import ClassFrequency, require
-from .metrics import evaluate_lvis
 from .recipe import Recipe, recipe_from
 from .recipe_detect import cost, paper_row
 from .recipes import RECIPES, find_recipe, quickstart
-from .scenes import Scenes, export_scenes
 from .training import Interrupted, Options, images_in, run_folder, train
 
 # %% ../nbs/18_cli.ipynb #0784955a
@@ -91,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("eql:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
 
-# %% ../nbs/18_cli.ipynb #6820568f
+# %% ../nbs/18_cli.ipynb #77a1da85
+Names = Annotated[list[str] | None, typer.Argument(help="names, or file.py:variable")]
+Seeds = Annotated[list[int], typer.Option(help="may be repeated")]
+Missing = Annotated[bool, typer.Option("--missing", help="what has no record")]
+Minutes = Annotated[float, typer.Option(help="stop in time, resumable; 0: never")]
+Together = Annotated[int, typer.Option(help="missing runs in a process")]
 Out = Annotated[Path, typer.Option(help="parent of the runs' folders")]
 Data = Annotated[str | None, typer.Option(help="the data's folder (or EQL_DATA)")]
 Fetch = Annotated[bool, typer.Option("--download", help="fetch CIFAR-100 to --data")]
@@ -139,24 +139,27 @@ def _fetched(recipe: Recipe, root: str) -> str:
     cifar100_lt(root, split="test", download=True)
     return root
 
-# %% ../nbs/18_cli.ipynb #2da73f3f
+# %% ../nbs/18_cli.ipynb #02f5d1f3
 @app.command()
 def run(
-    recipes: Annotated[list[str], typer.Argument(help="names, or file.py:variable")],
-    seed: Annotated[list[int], typer.Option(help="may be repeated")] = [0],  # noqa: B006
-    out: Out = Path("runs"),
-    data: Data = None,
-    download: Fetch = False,
-    workers: Workers = 0,
-    micro_batch: Micro = 0,
-    checkpoint_every: Every = 100,
-    keep: Keep = 1,
-    tensorboard: Board = False,
-    force: Force = False,
-) -> None:
-    """Train recipes, each with every seed, side by side; unfinished runs continue."""
+    recipes: Names = None, seed: Seeds = [0], out: Out = Path("runs"),  # noqa: B006
+    data: Data = None, download: Fetch = False, missing: Missing = False,
+    minutes: Minutes = 0, together: Together = 1, workers: Workers = 0,
+    micro_batch: Micro = 0, checkpoint_every: Every = 100, keep: Keep = 1,
+    tensorboard: Board = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Train recipes, each with every seed, side by side; unfinished runs continue.
+
+    With --missing --minutes N: what `eql records --missing` lists, as far as N reach.
+    """
+    counts = data, workers, micro_batch, checkpoint_every, keep, tensorboard
+    if bool(recipes) == missing:
+        raise ValueError("recipes: give names, or --missing --minutes N")
+    if missing:
+        work = require("eql_repro.missing").work_down
+        return print(*work(minutes, out, Options(*counts), together=together), sep="\n")
+    options = Options(*counts, minutes)
     runs = [(find_recipe(name), s) for name in recipes for s in seed]
-    options = Options(data, workers, micro_batch, checkpoint_every, keep, tensorboard)
     folders = [run_folder(out, *pair) for pair in runs]
     if download:
         options = replace(options, data=_fetched(runs[0][0], data or "data"))
@@ -167,7 +170,7 @@ def run(
         for folder in folders:
             print(f"record: {folder / 'record.json'}")
 
-# %% ../nbs/18_cli.ipynb #ad26baea
+# %% ../nbs/18_cli.ipynb #b79998b8
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Continue an unfinished run from its checkpoint."""
@@ -182,7 +185,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> No
             f"folder: {folder} was {run_folder('', *runs[0])} once; rename it"
         )
     with resumable([folder]), progress(runs, "resume") as bar:
-        train(runs, out, Options(**state["options"]), bar=bar)
+        train(runs, out, Options(**state["options"] | {"minutes": 0}), bar=bar)
     print(results([folder]).to_string())
 
 # %% ../nbs/18_cli.ipynb #4e2ff22b
@@ -271,78 +274,11 @@ def frequencies(
         tail = [n for n, t in zip(names, frequency.tail(value), strict=True) if t]
         print(f"\ntail at lambda {value:g}: {', '.join(tail) or 'no class'}")
 
-# %% ../nbs/18_cli.ipynb #74ee889c
-data_app = typer.Typer(no_args_is_help=True, help="LVIS and COCO on disk.")
-scenes_app = typer.Typer(no_args_is_help=True, help="Embedded scenes.")
+# %% ../nbs/18_cli.ipynb #9ae6f991
 app.add_typer(data_app, name="data")
 app.add_typer(scenes_app, name="scenes")
-Folder = Annotated[Path, typer.Argument(help="a folder")]
-
-# %% ../nbs/18_cli.ipynb #b4345575
-@data_app.command(name="check")
-def data_check(
-    folder: Folder,
-    read_images: Annotated[bool, typer.Option(help="open every image too")] = False,
-) -> None:
-    """Say what is there of LVIS and COCO, what is missing, and where to get it."""
-    for part in check_data(folder, read_images=read_images):
-        print(part)
-
-
-@data_app.command(name="download")
-def data_download(
-    folder: Folder,
-    version: Annotated[str, typer.Option(help="v0.5, v1 or coco")] = "v0.5",
-    images: Annotated[bool, typer.Option(help="COCO's images too, 19 GB")] = True,
-    mirror: Annotated[str | None, typer.Option(help="address of a copy")] = None,
-) -> None:
-    """Fetch LVIS json and COCO images; goes on where it stopped."""
-    parts = ("train2017", "val2017") if images else ()
-    for path in download(folder, version, parts, mirror=mirror, progress=True):
-        print(path)
-
-# %% ../nbs/18_cli.ipynb #ddf57e9b
-@scenes_app.command(name="export")
-def scenes_export(
-    folder: Folder,
-    profile: Annotated[str, typer.Option(help="lvis or pocket")] = "pocket",
-    split: Annotated[str, typer.Option(help="train or val")] = "train",
-    images: Annotated[int | None, typer.Option(help="so many, default all")] = None,
-) -> None:
-    """Write scenes as images and LVIS v0.5 json."""
-    print(export_scenes(folder, Scenes(profile, split), images))
-
-# %% ../nbs/18_cli.ipynb #e1251d0f
-@app.command()
-def evaluate(
-    folder: Annotated[Path | None, typer.Argument(help="a finished run")] = None,
-    ground_truth: Annotated[Path | None, typer.Option(help="LVIS json")] = None,
-    detections: Annotated[Path | None, typer.Option(help="results, json")] = None,
-    engine: Annotated[str, typer.Option(help="hotcoco or lvis")] = "hotcoco",
-    masks: Annotated[bool, typer.Option(help="masks too")] = True,
-    data: Data = None,
-) -> None:
-    """Measure a finished run again, or the detections of any model."""
-    if (folder is None) == (ground_truth is None or detections is None):
-        raise ValueError("folder: give a run, or --ground-truth and --detections")
-    if folder is not None:
-        found = require("eql_repro.predict").evaluate_run(folder, data)["metrics"]
-    else:
-        kinds = ("bbox", "segm") if masks else ("bbox",)
-        found = readable_metrics(evaluate_lvis(ground_truth, detections, kinds, engine))
-    for name, value in found.items():
-        print(f"{name:>10} {100 * value:6.2f}")
-
-# %% ../nbs/18_cli.ipynb #415d6791
-@app.command()
-def predict(
-    folder: Annotated[Path, typer.Argument(help="a finished detection run")],
-    images: Annotated[list[Path], typer.Argument(help="image files")],
-    out: Annotated[Path, typer.Option(help="a new folder")] = Path("predictions"),
-    threshold: Annotated[float, typer.Option(help="smallest score drawn")] = 0.3,
-) -> None:
-    """Search photographs: detections as json lines, and a picture of each image."""
-    print(require("eql_repro.predict").predict(folder, images, out, threshold))
+app.command()(evaluate)
+_ = app.command()(predict)
 
 # %% ../nbs/18_cli.ipynb #cae73c5e
 if __name__ == "__main__" and "__file__" in globals():

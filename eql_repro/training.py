@@ -170,7 +170,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, Recipe]:
     model.load_state_dict(weights)
     return model.eval(), recipe
 
-# %% ../nbs/14_training.ipynb #64a1ad89
+# %% ../nbs/14_training.ipynb #8bf83213
 @dataclass(frozen=True)
 class Options:
     """How runs are executed, not what is trained.
@@ -178,8 +178,8 @@ class Options:
     data: the data's folder (default: the variable EQL_DATA); workers: processes that
     make batches, 0 to make them on the device; micro_batch: images per forward where
     the batch does not fit, 0 for all; checkpoint_every: in iterations; keep:
-    checkpoints to keep; tensorboard: write event files. Raises ValueError for numbers
-    below their least.
+    checkpoints to keep; tensorboard: write event files; minutes: stop after them as
+    Ctrl-C does, 0 for never. Raises ValueError for numbers below their least.
     """
 
     data: str | None = None
@@ -188,9 +188,11 @@ class Options:
     checkpoint_every: int = 100
     keep: int = 1
     tensorboard: bool = False
+    minutes: float = 0
 
     def __post_init__(self) -> None:
         least = {"workers": 0, "micro_batch": 0, "checkpoint_every": 1, "keep": 1}
+        least["minutes"] = 0
         for name, value in least.items():
             if getattr(self, name) < value:
                 got = getattr(self, name)
@@ -246,15 +248,18 @@ def open_folder(folder: Path, recipe: Recipe, seed: int, force: bool = False) ->
                     f"now {wanted[name]!r}; --force replaces it"
                 )
 
-# %% ../nbs/14_training.ipynb #17649e22
+# %% ../nbs/14_training.ipynb #bb09a3a4
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C or SIGTERM after its checkpoint was written."""
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second one interrupts at once."""
+def stop_signals(minutes: float = 0) -> Iterator[threading.Event]:
+    """An event that Ctrl-C, SIGTERM and the clock set; a second signal interrupts."""
     event, before = threading.Event(), {}
+    clock = threading.Timer(60 * minutes or threading.TIMEOUT_MAX, event.set)
+    clock.daemon = True
+    clock.start()
 
     def ask(number: int, frame: Any) -> None:
         if event.is_set():
@@ -267,6 +272,7 @@ def stop_signals() -> Iterator[threading.Event]:
     try:
         yield event
     finally:
+        clock.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -306,7 +312,7 @@ def batch_stream(
     )
     yield from (send_to_device(batch, accelerator.device) for batch in loader)
 
-# %% ../nbs/14_training.ipynb #c5da146d
+# %% ../nbs/14_training.ipynb #e8c61e56
 def run_lanes(
     lanes: Sequence[Lane], accelerator: Any, options: Options, bar: Any
 ) -> None:
@@ -316,7 +322,7 @@ def run_lanes(
     checkpoint, where a signal asked to stop.
     """
     began, t = time.monotonic(), min(lane.iteration for lane in lanes)
-    with stop_signals() as stop:
+    with stop_signals(options.minutes) as stop:
         for batches in batch_stream(lanes, accelerator, options.workers):
             t += 1
             for lane, batch in zip(lanes, batches, strict=True):
