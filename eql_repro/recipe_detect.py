@@ -123,31 +123,33 @@ POCKET = replace(
     ),
 )  # fmt: skip
 
-# %% ../nbs/13_recipe_detect.ipynb #6a9666f3
+# %% ../nbs/13_recipe_detect.ipynb #478f802c
 def stand_in(start: Recipe, lambda_: float) -> list[Recipe]:
-    """A stand-in's rows: sigmoid, softmax, EQL, EQL without E(r), and later losses."""
+    """A stand-in's rows: sigmoid, softmax, EQL, EQL without E(r), and all rivals."""
     stem, eql = start.name.removesuffix("sigmoid"), _EQL | {"lambda_": lambda_}
-    rows = {"softmax": {"loss": "softmax"}, "eql": eql}
-    rows["eql_no_er"] = eql | {"exclude_background": False}
-    rows |= {k: _RIVALS[k] for k in ("repeat_factor", "eqlv2", "seesaw")}
+    rows = {"eql": eql, "eql_no_er": eql | {"exclude_background": False}} | _RIVALS
     return [start, *(replace(start, name=f"{stem}{k}", **v) for k, v in rows.items())]
 
 
 def scenes() -> list[Recipe]:
-    """The stand-in for one GPU, with the ends of Table 2."""
+    """The stand-in for one GPU, with the ends of Table 2, and Table 3."""
     rows = stand_in(SCENES, _EQL["lambda_"])
-    ends = {"eql_l176": 1.76e-4, "eql_l5000": 5e-3}
+    more = {k: _changes()[k] for k in ("eql_l176", "eql_l5000")}
+    more |= {k: _changes()[k] for k in ("eql_exponential", "eql_gompertz")}
     return rows + [
-        replace(SCENES, name=f"scenes_lvis_{k}", **_EQL | {"lambda_": v})
-        for k, v in ends.items()
+        replace(SCENES, name=f"scenes_lvis_{k}", **v) for k, v in more.items()
     ]
 
 
 def pocket() -> list[Recipe]:
-    """The stand-in for two cores: 30 classes."""
-    return stand_in(POCKET, 0.05)
+    """The stand-in for two cores: 30 classes, and four λ around the one of EQL."""
+    more = {f"eql_l{n}": _EQL | {"lambda_": n / 1000} for n in (18, 34, 84, 134)}
+    rows = stand_in(POCKET, 0.05)
+    return rows + [
+        replace(POCKET, name=f"pocket_r18_{k}", **v) for k, v in more.items()
+    ]
 
-# %% ../nbs/13_recipe_detect.ipynb #65059908
+# %% ../nbs/13_recipe_detect.ipynb #35c05fa9
 BACKBONE = Recipe(
     "backbone_r18", data="crops", num_classes=300, imbalance=10, network="resnet18",
     iterations=4_000, batch=128, lr=0.1, warmup_lr=0.01, warmup=200,
@@ -163,7 +165,7 @@ _TRAINED = (
 def pretrained() -> list[Recipe]:
     """The backbone's recipe, and sigmoid and EQL on scenes that start from it."""
     rows = [BACKBONE]
-    for r in [scenes()[0], scenes()[2], pocket()[0], pocket()[2]]:
+    for r in [*scenes()[:2], *pocket()[:2]]:
         options = (*r.detector_options, *_TRAINED)
         name = f"{r.name}_pretrained"
         rows.append(replace(r, name=name, detector_options=options))

@@ -201,7 +201,7 @@ def _read(file: Path) -> Record:
         raise ValueError(f"{file.name} holds the record {expected}")
     return record
 
-# %% ../nbs/15_records.ipynb #62471932
+# %% ../nbs/15_records.ipynb #ee7bb2d8
 def load_records(
     recipe: Recipe | str, folder: Path | str | None = None, source: str | None = None
 ) -> list[Record]:
@@ -213,7 +213,6 @@ def load_records(
     """
     recipe = _recipe(recipe)
     folder = project_root() / "records" if folder is None else Path(folder)
-    source = run_source(recipe) if source is None else source
     files = folder.glob(f"{recipe.name}-s*.json")
     records = [_read(f) for f in files if f.stem[len(recipe.name) + 2 :].isdigit()]
     for r in records:
@@ -222,6 +221,8 @@ def load_records(
                 f"{recipe.name}-s{r.seed}.json was made by another recipe of this "
                 f"name: {', '.join(fields)} changed"
             )
+    if records and source is None:  # hashing takes time, and most recipes never ran
+        source = run_source(recipe)
     records = [replace(r, changed=r.source != source) for r in records]
     return sorted(records, key=lambda r: r.seed)
 
