@@ -170,7 +170,8 @@ def build_detection_model(recipe: Recipe, seed: int, loss: nn.Module) -> Detecto
     options |= dict(recipe.detector_options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_generator(seed, 0, "network").initial_seed())
-        return build_detector(recipe.network, recipe.num_classes, loss, **options)
+        model = build_detector(recipe.network, recipe.num_classes, loss, **options)
+    return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/14_detect.ipynb #3d1fa172
 def without_weights(recipe: Recipe) -> Recipe:

