@@ -318,6 +318,15 @@ def _read(ground_truth: Any, detections: Any, iou_types: Sequence[str]) -> tuple
     return truth, *_read_detections(detections, truth, masks)
 
 
+def _only(groups: str, truth: dict, table: np.ndarray, masks: list) -> tuple:
+    """Annotations and detections of the categories of these groups."""
+    chosen = {c["id"] for c in truth["categories"] if c["frequency"] in groups}
+    own = [a for a in truth["annotations"] if a["category_id"] in chosen]
+    kept = np.isin(table[:, 6], [*chosen])
+    masks = [mask for mask, keep in zip(masks, kept, strict=False) if keep]
+    return truth | {"annotations": own}, table[kept], masks
+
+
 def evaluate_lvis(
     ground_truth: str | PathLike | dict | Any,
     detections: str | PathLike | Iterable[dict],
@@ -482,16 +491,6 @@ def precision_recall(
     curves = np.where(curves > -1, curves, math.nan)
     ids = [category["id"] for category in truth["categories"]]
     return result | {"per_class": dict(zip(ids, curves, strict=True))}
-
-# %% ../nbs/10_metrics.ipynb #7eddffed
-def _only(groups: str, truth: dict, table: np.ndarray, masks: list) -> tuple:
-    """Annotations and detections of the categories of these groups."""
-    rows = truth["categories"]
-    chosen = {row["id"] for row in rows if row["frequency"] in groups}
-    own = [a for a in truth["annotations"] if a["category_id"] in chosen]
-    kept = np.isin(table[:, 6], [*chosen])
-    masks = [mask for mask, keep in zip(masks, kept, strict=False) if keep]
-    return truth | {"annotations": own}, table[kept], masks
 
 # %% ../nbs/10_metrics.ipynb #a10f4f3c
 def detection_calibration(
