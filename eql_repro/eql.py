@@ -103,11 +103,6 @@ def _terms(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
     w = equalization_weights(y, tail, exclude_background=e_r)
     return F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
 
-# %% ../nbs/03_eql.ipynb #91d4f3ac
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), to a unit in the last place of 1 or of x."""
-    return x.clamp(min=0).sub_(x.abs().sigmoid_().log_())
-
 # %% ../nbs/03_eql.ipynb #5c9e27d1
 _BLOCK = 2**18  # logits at a time: a megabyte, which a processor's cache holds
 
@@ -140,7 +135,7 @@ class _SumOfTerms(torch.autograd.Function):
     def forward(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
         total = torch.zeros_like(z[0, 0])
         for x, own, has, e, t in _blocks(z, target, tail, e_r):
-            s = _softplus(x).mul_(1 - e * t)
+            s = F.softplus(x, threshold=40).mul_(1 - e * t)  # x itself above 40
             total = total + _put(s, own, has, -F.logsigmoid(x.gather(1, own))).sum()
         return total
 
