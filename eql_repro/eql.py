@@ -181,8 +181,9 @@ def equalization_loss(
     """
     _check_shapes(logits, tail)
     z = _wide(logits)
-    lean = reduction in ("mean", "sum") and target.dtype == torch.int64 and z.numel()
-    if torch.compiler.is_compiling() or tail.requires_grad or not lean:
+    lean = reduction in ("mean", "sum") and target.dtype == torch.int64
+    lean = lean and not tail.requires_grad and not torch.compiler.is_compiling()
+    if not lean or z.numel() < _BLOCK:
         return _reduce(_terms(z, target, tail, exclude_background), reduction)
     _check_target(target, z)
     total = _SumOfTerms.apply(z, target, tail, exclude_background)
