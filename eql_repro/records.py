@@ -457,6 +457,7 @@ _ORDER = (
     r"crops_imagenetlt_(?!pocket)\w+",  # the stand-in of Table 9
     r"cifar100lt_\w+_short",
     r"pocket_r18_(sigmoid|eql)",
+    r"crops_(sigmoid|eql)(_alone)?",
     r"pocket_heads_\w+",
     r"(crops_imagenetlt_pocket|pocket_r18)_\w+",
 )
