@@ -114,8 +114,8 @@ SCENES = replace(
 )  # fmt: skip
 POCKET = replace(
     LVIS, name="pocket_r18_sigmoid", **_SMALL, profile="pocket", num_classes=30,
-    prior=0.01, precision="fp32", iterations=750, batch=8, lr=2e-3, warmup_lr=2e-5,
-    warmup=75,
+    prior=0.01, precision="fp32", iterations=850, batch=8, lr=2e-3, warmup_lr=2e-5,
+    warmup=85,
     detector_options=(
         ("min_size", 128), ("anchor_sizes", (8, 16, 32, 64, 128)),
         ("proposals", (200, 100)), ("regions", 64), ("channels", 64), ("hidden", 256),
@@ -151,17 +151,17 @@ def scenes() -> list[Recipe]:
     ]
 
 
-def pocket(start: Recipe = POCKET) -> list[Recipe]:
-    """The stand-in for two cores: 30 classes, and four λ around the one of EQL."""
-    stem, lambdas = start.name.removesuffix("sigmoid"), (0.018, 0.034, 0.084, 0.134)
-    more = {f"eql_l{1000 * x:.0f}": _EQL | {"lambda_": x} for x in lambdas}
-    rows = [replace(start, name=f"{stem}{k}", **v) for k, v in more.items()]
-    return stand_in(start, 0.05) + rows
+def pocket() -> list[Recipe]:
+    """Whole detectors for two cores: sigmoid, EQL, EQL without E(r), softmax."""
+    return stand_in(POCKET, 0.05)[:4]
 
 
 def heads() -> list[Recipe]:
-    """The same rows for heads on the regions of one detector: minutes for all."""
-    return pocket(HEADS)
+    """Heads on the regions of one detector: all rivals, and four more λ for EQL."""
+    more = {f"l{1000 * x:.0f}": x for x in (0.018, 0.034, 0.084, 0.134)}
+    rows = [replace(HEADS, name=f"pocket_heads_eql_{k}", loss="eql") for k in more]
+    rows = [replace(r, lambda_=x) for r, x in zip(rows, more.values(), strict=True)]
+    return stand_in(HEADS, 0.05) + rows
 
 # %% ../nbs/13_recipe_detect.ipynb #35c05fa9
 BACKBONE = Recipe(
