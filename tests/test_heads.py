@@ -56,7 +56,7 @@ def of(detector, **changes):
 
 def test_rows_train_side_by_side_and_become_records(detector, tmp_path):
     rows = [of(detector, name="a"), of(detector, name="b", loss="eql", lambda_=0.05)]
-    rows.append(of(detector, name="c", loss="softmax", sampler="class_aware"))
+    rows.append(of(detector, name="c", loss="softmax", sampler="repeat_factor"))
     folders = train([(row, 1) for row in rows], tmp_path / "out")
     for folder, row in zip(folders, rows, strict=True):
         record = check_record(json.loads((folder / "record.json").read_text()))
@@ -68,7 +68,7 @@ def test_rows_train_side_by_side_and_become_records(detector, tmp_path):
     assert load_run(folders[2])[0].cls_score.out_features == 31  # with background
 
 
-def test_a_row_is_the_same_alone_and_after_a_stop(detector, tmp_path):
+def test_a_row_is_the_same_alone_as_beside_others(detector, tmp_path):
     row = of(detector, name="a", loss="eql", lambda_=0.05)
     other = replace(row, name="b", loss="sigmoid")
     both = train([(row, 0), (other, 0)], tmp_path / "both")
