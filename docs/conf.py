@@ -29,7 +29,7 @@ suppress_warnings = ["myst.header"]  # a docstring's directive holds no headings
 mathjax_path = "mathjax/tex-chtml.js"
 math_numfig = False
 add_module_names = False
-toc_object_entries = False
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 80
 pygments_style, pygments_dark_style = "friendly", "monokai"
 

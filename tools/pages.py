@@ -229,7 +229,7 @@ def _plain(text: str, page: Page, site: Site, seen: set[str]) -> str:
     text = CITATION.sub(lambda m: _cite(m, page, site, seen), text)
     for key, paper in site.papers.items():
         for name in filter(None, paper.get("names", "").split(", ")):
-            if key not in seen and re.search(pattern := rf"(?<![\w[-]){name}\b", text):
+            if key not in seen and re.search(pattern := rf"(?<![\w[-]){name}(?![\w-])", text):
                 text = re.sub(pattern, lambda m, k=key: _paper(m[0], k), text, count=1)
                 _note(key, page, site, seen)
     return EQUATION.sub(lambda m: _equation(m, site), text)
@@ -447,32 +447,26 @@ def landing(page: Page, site: Site) -> dict:
     for cell in what:
         cell["source"] = cell["source"].partition("\n")[2]
     rest = [cell for cell in rest if cell not in doors + what]
-    picture = markdown(PICTURE, "picture")
+    pictures = [PICTURE.replace("MODE", mode) for mode in ("light", "dark")]
+    picture = markdown("\n".join(pictures), "picture")
     cards = [markdown(door_cards(cell["source"]), "doors") for cell in doors]
     toc = markdown(contents(site), "contents")
     return {**nb, "cells": [title, *what, picture, *cards, *place_imports(rest), toc]}
 
 
 PICTURE = """\
-```{figure} glance-light.svg
-:alt: Two grids, with a row for each class of object and one for background, and a \
-column for each class that is pushed down. Without EQL every column is full, and the \
-rare classes on the right are pushed most by the frequent ones. With EQL the columns of \
-the rare classes are empty but for the background row. Bars below show what a class gets \
-from its own objects over what all others take.
-:figclass: only-light glance
+```{figure} glance-MODE.svg
+:alt: Two grids with a row for the objects of each class and one for background, and a \
+column for each class. Under the sigmoid loss every cell off the diagonal is orange. \
+Under the equalization loss the columns of the rare classes are empty but for the \
+diagonal and the background row, and the bars below them are higher.
+:class: only-MODE
+:figclass: only-MODE glance
 
-Who pushes whom down, without and with EQL. The gradients of the package's own losses \
-at the start of training, summed over the regions of ten classes with a long tail.
-```
-
-```{figure} glance-dark.svg
-:alt: The same picture in light colours on a dark ground. With EQL the columns of the \
-rare classes are empty but for the background row.
-:figclass: only-dark glance
-
-Who pushes whom down, without and with EQL. The gradients of the package's own losses \
-at the start of training, summed over the regions of ten classes with a long tail.
+Rows are the objects of a class, columns the scores that they move: orange pushes down, \
+blue pulls up. The equalization loss takes the rare classes out of all other classes' \
+objects; background still holds them down. Drawn from the gradients of the package's \
+losses at the start of training, ten classes with 1,000 to 10 regions.
 ```
 """
 

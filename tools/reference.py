@@ -155,16 +155,12 @@ def describe(doc: str, names: list[str]) -> list[str]:
             paragraphs.append(note)
     fields = [
         *lines,
-        *[f":{kind}: {_sentence(text)}" for kind, text in ends if kind == "returns"],
+        *[f":{kind}: {text}" for kind, text in ends if kind == "returns"],
     ]
-    raises = [_sentence(text) for kind, text in ends if kind == "raises"]
+    raises = [text for kind, text in ends if kind == "raises"]
     fields += [f":errors: {' '.join(raises)}"] if raises else []
     out = [head, "", *[line for p in paragraphs for line in (p, "")]]
     return [*out, *fields, ""] if fields else out
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def safe(text: str) -> str:
@@ -222,29 +218,31 @@ def module_page(page: Page, found: list[Entry], site: Site) -> str:
     ]
     shown_at: dict[str, str] = {}
     for entry in found:
-        rows += [f"## {entry.name}", "", *entry_block(entry, here, site), ""]
-        section = f"[{entry.section}](#cell-{entry.cell['id']})"
-        if entry.example is None:
-            rows += [f"In the chapter: {section}.", ""]
-            continue
-        if first := shown_at.get(entry.example["id"]):
-            where = f"the example of {{py:obj}}`{first} <eql_repro.{page.module}.{first}>`"
-            rows += [f"Example: {where}. In the chapter: {section}.", ""]
-            continue
-        shown_at[entry.example["id"]] = entry.name
-        rows += [f"Example, from *{section}*:", "", "```python"]
-        rows += [shown(entry.example["source"]), "```", ""]
+        rows += entry_block(entry, here, site, example_block(entry, here, shown_at))
     return "\n".join(rows)
 
 
-def entry_block(entry: Entry, page: Page, site: Site) -> list[str]:
-    """A name as a directive of Sphinx's Python domain."""
+def example_block(entry: Entry, page: Page, shown_at: dict[str, str]) -> list[str]:
+    """The example, or the name where the same cell is shown already; the section."""
+    section = f"[{entry.section}](#cell-{entry.cell['id']})"
+    if entry.example is None:
+        return [f"In the chapter: {section}.", ""]
+    first = shown_at.setdefault(entry.example["id"], entry.name)
+    if first != entry.name:
+        where = f"{{py:obj}}`{first} <eql_repro.{page.module}.{first}>`"
+        return [f"Example: see {where}. In the chapter: {section}.", ""]
+    code = shown(entry.example["source"])
+    return [f"Example, from {section}:", "", "```python", code, "```", ""]
+
+
+def entry_block(entry: Entry, page: Page, site: Site, example: list[str]) -> list[str]:
+    """A name as a directive of Sphinx's Python domain, the example inside."""
     node, source = entry.node, entry.cell["source"]
     full = f"eql_repro.{posixpath.basename(page.path)}"
     options = [f":module: {full}", ""]
     if isinstance(node, ast.ClassDef):
         text = class_signature(node, source)
-        body = _body(node, arguments(text), page, site)
+        body = [*_body(node, arguments(text), page, site), *example]
         for part in node.body:
             if isinstance(part, ast.FunctionDef) and ast.get_docstring(part):
                 if not part.name.startswith("_"):
@@ -252,11 +250,11 @@ def entry_block(entry: Entry, page: Page, site: Site) -> list[str]:
         return _directive("py:class", entry.name + text, options, body)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         text = signature(node, source)
-        body = _body(node, arguments(text), page, site)
+        body = [*_body(node, arguments(text), page, site), *example]
         return _directive("py:function", entry.name + text, options, body)
     value = ast.unparse(node.value)
     options = [options[0], *([f":value: {value}"] if len(value) <= 70 else []), ""]
-    return _directive("py:data", entry.name, options, [])
+    return _directive("py:data", entry.name, options, example)
 
 
 def _method(node: ast.FunctionDef, source: str, page: Page, site: Site) -> list[str]:
