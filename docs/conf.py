@@ -35,6 +35,7 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_context = {"default_mode": "auto"}
 html_baseurl = f"https://{given['user']}.github.io/{given['repo']}/"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static", str(mathjax)]

@@ -1,8 +1,8 @@
 """The notebooks as pages of the site, and as Colab opens them.
 
 The committed notebooks stay plain. Their copies lose directives and hidden cells, and
-gain what a site has more: captions, alt texts, numbers of equations, links from names to
-the reference and from papers to the bibliography.
+gain what a site has more: captions, alt texts, numbers of equations, links from names
+to the reference and from papers to the bibliography.
 """
 
 import ast
@@ -128,6 +128,7 @@ class Site:
     numbers: dict[str, str] = field(default_factory=dict)
     homes: dict[int, str] = field(default_factory=dict)
     cited: dict[str, list[Page]] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def repository(self) -> str:
@@ -144,7 +145,14 @@ class Site:
         base = "https://colab.research.google.com/github"
         return f"{base}/{name}/blob/colab/{page.path}.ipynb"
 
+    def count(self, kind: str, page: Page) -> str:
+        """The next number, 03.1; pages of one key share the count."""
+        place = kind, page.key or page.path
+        self.counts[place] = self.counts.get(place, 0) + 1
+        return f"{page.key}.{self.counts[place]}".lstrip(".")
+
     def page(self, path: str) -> Page | None:
+        """A page by its path."""
         return next((page for page in self.pages if page.path == path), None)
 
 
@@ -229,7 +237,9 @@ def _plain(text: str, page: Page, site: Site, seen: set[str]) -> str:
     text = CITATION.sub(lambda m: _cite(m, page, site, seen), text)
     for key, paper in site.papers.items():
         for name in filter(None, paper.get("names", "").split(", ")):
-            if key not in seen and re.search(pattern := rf"(?<![\w[-]){name}(?![\w-])", text):
+            if key not in seen and re.search(
+                pattern := rf"(?<![\w[-]){name}(?![\w-])", text
+            ):
                 text = re.sub(pattern, lambda m, k=key: _paper(m[0], k), text, count=1)
                 _note(key, page, site, seen)
     return EQUATION.sub(lambda m: _equation(m, site), text)
@@ -272,7 +282,7 @@ def numbers_of(text: str) -> list[int]:
 
 
 def _link(match: re.Match, page: Page, site: Site) -> str:
-    """A link to a page stays; one to another file of the repository goes to its host."""
+    """A link to a page stays; one to another file leads to the code host."""
     to = match["to"]
     if re.match(r"[a-z]+:|#|/", to):
         return match[0]
@@ -282,7 +292,9 @@ def _link(match: re.Match, page: Page, site: Site) -> str:
         return match[0]
     if not (site.root / full).exists():
         raise ValueError(f"{page.path}: link to {to}, which is not there")
-    return match[0].replace(f"({to})", f"({site.blob(full)}{'#' * bool(anchor)}{anchor})")
+    return match[0].replace(
+        f"({to})", f"({site.blob(full)}{'#' * bool(anchor)}{anchor})"
+    )
 
 
 def _name(token: str, page: Page, site: Site) -> str:
@@ -321,19 +333,16 @@ def _display(token: str, before: str, page: Page, site: Site) -> str:
         ends = dict.fromkeys([numbers[0], numbers[-1]])
         site.numbers[label] = "Eq. " + "–".join(str(n) for n in ends)
     else:
-        own = sum(not site.numbers[known].startswith("Eq.") for known in labels) + 1
-        site.numbers[label] = f"{page.key}.{own}" if page.key else str(own)
+        site.numbers[label] = site.count("equation", page)
     return f"{targets}{token} ({label})"
 
 
 def paper_equation(before: str) -> list[int]:
-    """The paper's numbers for a formula, as the sentence before it says, "(Eq. 6-7)"."""
+    """The paper's numbers of a formula, if the text before it says so: "(Eq. 6-7)"."""
     paragraph = before.rstrip().split("\n\n")[-1]
     if match := EQUATION.match(paragraph):
         return numbers_of(match[1])
-    found = [
-        m for m in EQUATION.finditer(paragraph) if paragraph[m.start() - 1] == "("
-    ]
+    found = [m for m in EQUATION.finditer(paragraph) if paragraph[m.start() - 1] == "("]
     return numbers_of(found[-1][1]) if found else []
 
 
@@ -342,7 +351,7 @@ def paper_equation(before: str) -> list[int]:
 
 def build_copy(page: Page, site: Site) -> dict:
     """A notebook as Sphinx reads it."""
-    nb, seen, figures = copy.deepcopy(page.nb), set(), 0
+    nb, seen = copy.deepcopy(page.nb), set()
     cells = []
     for number, cell in enumerate(nb["cells"]):
         if cell["cell_type"] == "markdown":
@@ -355,8 +364,7 @@ def build_copy(page: Page, site: Site) -> dict:
             if "text/markdown" in (data := output.get("data", {})):
                 text = "".join(data["text/markdown"])
                 data["text/markdown"] = prose(text, page, site, seen)
-        cells += code_cell(cell, page, f"Figure {page.key}.{figures + 1}", site, seen)
-        figures += "fig-cap" in directives(cell["source"])
+        cells += code_cell(cell, page, site, seen)
     return {**nb, "cells": cells}
 
 
@@ -371,7 +379,7 @@ def page_links(page: Page, site: Site) -> str:
     return f"```{{container}} page-links\n{' · '.join(links)}\n```"
 
 
-def code_cell(cell: dict, page: Page, figure: str, site: Site, seen: set) -> list[dict]:
+def code_cell(cell: dict, page: Page, site: Site, seen: set) -> list[dict]:
     """A code cell without directives, its figure described; nothing if it is hidden."""
     given = directives(cell["source"])
     code = shown(cell["source"])
@@ -384,8 +392,8 @@ def code_cell(cell: dict, page: Page, figure: str, site: Site, seen: set) -> lis
     if "export" in tags:
         before = [markdown(f"(cell-{cell['id']})=", f"at-{cell['id']}")]
     if caption := given.get("fig-cap"):
-        number = figure.replace(" .", " ")
-        text = f"**{number}.** {prose(caption, page, site, seen)}"
+        number = site.count("figure", page)
+        text = f"**Figure {number}.** {prose(caption, page, site, seen)}"
         name = f"{given['label']}-{page.stem}"
         pictures = [o for o in cell["outputs"] if _is_picture(o)]
         if pictures:
@@ -446,6 +454,9 @@ def landing(page: Page, site: Site) -> dict:
     what = [c for c in rest if c["source"].startswith("## What it is")]
     for cell in what:
         cell["source"] = cell["source"].partition("\n")[2]
+    clone = f"```\ngit clone {site.repository}\ncd {site.settings['repo']}\n"
+    for cell in rest:  # the first commands begin with a clone
+        cell["source"] = cell["source"].replace("```\nmake run", f"{clone}make run")
     rest = [cell for cell in rest if cell not in doors + what]
     pictures = [PICTURE.replace("MODE", mode) for mode in ("light", "dark")]
     picture = markdown("\n".join(pictures), "picture")
@@ -463,10 +474,10 @@ diagonal and the background row, and the bars below them are higher.
 :class: only-MODE
 :figclass: only-MODE glance
 
-Rows are the objects of a class, columns the scores that they move: orange pushes down, \
-blue pulls up. The equalization loss takes the rare classes out of all other classes' \
-objects; background still holds them down. Drawn from the gradients of the package's \
-losses at the start of training, ten classes with 1,000 to 10 regions.
+Rows are the objects of a class, columns the scores that they move: orange pushes \
+down, blue pulls up. The equalization loss takes the rare classes out of all other \
+classes' objects; background still holds them down. Drawn from the gradients of the \
+package's losses at the start of training, ten classes with 1,000 to 10 regions.
 ```
 """
 
@@ -562,6 +573,7 @@ def bibliography(site: Site) -> str:
             text += f" [arXiv {number}](https://arxiv.org/abs/{number})."
         if pages := site.cited.get(key):
             links = [f"[{page.short}]({page.path}.ipynb)" for page in pages]
-            text += f" Named in {', '.join(links)}."
+            more = f" and {len(links) - 8} more" if len(links) > 9 else ""
+            text += f" Named in {', '.join(links[:8] if more else links)}{more}."
         rows += [text, ""]
     return "\n".join(rows)

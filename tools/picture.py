@@ -1,12 +1,9 @@
 """Draw the picture of the site's first page, for light and for dark pages.
 
-python tools/picture.py
-
 Rows are regions of one class, columns the classes whose scores they move. All of it is
 the gradient of the package's losses at the start of training.
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,12 +12,11 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 import torch
-from book import ROOT
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
 from eql_repro import equalization_loss
 
-SIDE = {"light": ("#222832", "#ffffff"), "dark": ("#ced6dd", "#14181e")}
+SIDE = {"light": ("#222832", "#ffffff"), "dark": ("#ced6dd", "#121212")}
 UP, DOWN, GREY = "#0072B2", "#D55E00", "#999999"
 COUNTS = torch.tensor([1000, 600, 360, 215, 130, 77, 46, 28, 17, 10])
 BACKGROUND, TAIL = 1500, 5  # background regions; the first class of the tail
@@ -78,15 +74,3 @@ def draw(mode: str, path: Path) -> None:
         axes[1, 0].set_ylabel("pull up / push down")
         fig.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(fig)
-
-
-def main() -> None:
-    """Write both pictures where Sphinx finds them."""
-    folder = ROOT / "docs" / "_build" / "source"
-    folder.mkdir(parents=True, exist_ok=True)
-    for mode in SIDE:
-        draw(mode, folder / f"glance-{mode}.svg")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

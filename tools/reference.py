@@ -166,8 +166,10 @@ def describe(doc: str, names: list[str]) -> list[str]:
 def safe(text: str) -> str:
     """Docstring text as markdown: nothing in it is HTML or a list."""
     parts = re.split(r"(`[^`]*`|\$[^$]*\$)", text)
-    plain = [re.sub(r"([<*\\])", r"\\\1", p) if i % 2 == 0 else p
-             for i, p in enumerate(parts)]
+    plain = [
+        re.sub(r"([<*\\])", r"\\\1", p) if i % 2 == 0 else p
+        for i, p in enumerate(parts)
+    ]
     return "".join(plain)
 
 
@@ -183,9 +185,8 @@ def pages(site: Site) -> dict[str, str]:
         names = public_names(site.root, page.module)
         made[page.module] = module_page(page, entries(page, names), site)
         sentence = prose(page.sentence, page, site, set())
-        count = f"{len(names)} name{'s' * (len(names) != 1)}"
         link = f"[`eql_repro.{page.module}`]({page.module}.md)"
-        rows.append(f"| {link} | {sentence} | {count} |")
+        rows.append(f"| {link} | {sentence} | {len(names)} |")
     head = [
         "# Reference",
         "",
@@ -193,8 +194,8 @@ def pages(site: Site) -> dict[str, str]:
         "examples are cells of the book, so they are run with it. All names in one "
         "list: the {ref}`index <genindex>`.",
         "",
-        "| module | what it holds | public |",
-        "| --- | --- | --- |",
+        "| module | what it holds | names |",
+        "| --- | --- | --: |",
     ]
     listed = toctree([f"eql_repro.{name} <{name}>" for name in made])
     made["index"] = "\n".join([*head, *rows, "", listed, ""])
