@@ -18,6 +18,7 @@ project, author, copyright = given["lib_name"], given["author"], given["copyrigh
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design"]
 exclude_patterns = ["_static"]
+templates_path = ["_templates"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True

@@ -386,12 +386,13 @@ def test_keyboard_and_dark_mode(browser, address):
     )
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
     ground = "return getComputedStyle(document.body).backgroundColor"
-    grounds, button = set(), "button.theme-switch-button"
-    for _ in range(3):  # auto, light and dark
-        grounds.add(browser.execute_script(ground))
-        click = f"document.querySelector('{button}').click()"
-        browser.execute_script(click)
-    assert len(grounds) == 2
+    grounds = []
+    for mode in ("light", "dark"):
+        button = f".theme-change-button[data-mode={mode}]"
+        browser.execute_script(f"document.querySelector('{button}').click()")
+        grounds.append(browser.execute_script(ground))
+    light, dark = (int(text.split("(")[1].split(",")[0]) for text in grounds)
+    assert light > 240 and dark < 50
     assert browser.execute_script("return document.querySelectorAll('.copybtn').length")
 
 
