@@ -350,6 +350,14 @@ def test_every_page_loads_and_fits_a_phone(built, browser, address):
     print(f"{len(paths)} pages, {formulas} formulas, {sliders} sliders")
 
 
+def test_a_slider_is_seen_to_move_its_number(browser):
+    slider = "<input type=range min=0 max=1 oninput='o.value=this.value'>"
+    for page, moves in ((slider, True), (slider.replace("oninput", "on"), False)):
+        browser.get(f"data:text/html,{page}<output id=o>x</output>")
+        found = browser.find_element("css selector", "input[type=range]")
+        assert browser.execute_script(SLIDE, found) is moves
+
+
 def wait_for(browser, script: str):
     """The result of a script, as soon as it is not empty."""
     from selenium.webdriver.support.ui import WebDriverWait
