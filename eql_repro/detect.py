@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTION_SETS', 'load_detection_data', 'count_frequency', 'grouped_order', 'flip', 'DetectionBatches',
-           'build_detection_model', 'without_weights', 'readable_metrics', 'class_metrics', 'detect', 'merged',
-           'draw_found', 'Detection']
+           'build_detection_model', 'without_weights', 'finished_run', 'readable_metrics', 'class_metrics', 'pairs',
+           'detect', 'merged', 'strong_rows', 'draw_found', 'first_boxes', 'group_calibration', 'measured', 'Detection']
 
 # %% ../nbs/14_detect.ipynb #4aa1a3e1
 import json
@@ -21,19 +21,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 # %% ../nbs/14_detect.ipynb #62825052
-from .classify import ORDERS, data_folder
+from .classify import ORDERS, build_loss, data_folder
 from .detector import Detector, build_detector
 from .fetch import find_part
 from .instances import InstanceSet
 from .longtail import ClassFrequency
 from eql_repro.metrics import (
     DetectionWriter,
+    detection_calibration,
     detections_from,
     draw_detections,
     evaluate_lvis,
     merge_detections,
 )
-from .recipe import Recipe
+from .recipe import Recipe, recipe_from
 from .samplers import batch_of, keyed_generator
 
 # %% ../nbs/14_detect.ipynb #e4088e4b
@@ -43,11 +44,9 @@ def _load_scenes(recipe: Recipe, data: str | None) -> tuple[Dataset, Dataset]:
     return Scenes(recipe.profile), Scenes(recipe.profile, "val")
 
 
-def _load_files(
-    recipe: Recipe, data: str | None, names: tuple[str, str]
-) -> tuple[Dataset, Dataset]:
+def _load_files(recipe: Recipe, data: str | None, stem: str) -> tuple[Dataset, Dataset]:
     root = data_folder(recipe, data)
-    files = [find_part(root, name) for name in names]
+    files = [find_part(root, f"{stem}{split}.json") for split in ("train", "val")]
     if absent := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(
             f"data: {absent[0]} is not there; `eql data check {root}` says what is "
@@ -58,14 +57,12 @@ def _load_files(
     return train, InstanceSet(files[1], root, **options)
 
 # %% ../nbs/14_detect.ipynb #e84837a9
-DETECTION_SETS: dict[str, Callable] = {"scenes": _load_scenes}
-for _name, _stem in (
-    ("instances", ""),
-    ("lvis_v0.5", "lvis_v0.5_"),
-    ("lvis_v1", "lvis_v1_"),
-):
-    _files = f"{_stem}train.json", f"{_stem}val.json"
-    DETECTION_SETS[_name] = partial(_load_files, names=_files)
+DETECTION_SETS: dict[str, Callable] = {
+    "scenes": _load_scenes,
+    "instances": partial(_load_files, stem=""),
+    "lvis_v0.5": partial(_load_files, stem="lvis_v0.5_"),
+    "lvis_v1": partial(_load_files, stem="lvis_v1_"),
+}
 
 
 def load_detection_data(
@@ -181,6 +178,26 @@ def without_weights(recipe: Recipe) -> Recipe:
         options = {"norm": "frozen", "trainable_layers": 3} | options
     return replace(recipe, detector_options=tuple(options.items()))
 
+# %% ../nbs/14_detect.ipynb #806af197
+def finished_run(
+    folder: str | Path, build: Callable[[Recipe, int, nn.Module], nn.Module]
+) -> tuple[nn.Module, Recipe]:
+    """The trained model of a finished run, in evaluation mode, and its recipe.
+
+    build: makes it from recipe, seed and loss. Reads weights only, so a folder from
+    elsewhere is safe to load. Raises ValueError where the run is not finished.
+    """
+    folder = Path(folder)
+    if not (folder / "weights.pt").is_file():
+        raise ValueError(f"folder: {folder} has no weights.pt: not a finished run")
+    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    recipe = recipe_from(state["recipe"])
+    loss = build_loss(recipe, ClassFrequency(torch.ones(recipe.num_classes).long()))
+    model = build(without_weights(recipe), state["seed"], loss)
+    weights = torch.load(folder / "weights.pt", "cpu", weights_only=True)
+    model.load_state_dict(weights)
+    return model.eval(), recipe
+
 # %% ../nbs/14_detect.ipynb #68984d11
 def readable_metrics(results: dict[str, dict]) -> dict[str, float]:
     """Masks as the paper names them (AP, APr …), boxes with "bbox" (APbbox, APbboxr …).
@@ -207,7 +224,8 @@ def class_metrics(
     return rows
 
 # %% ../nbs/14_detect.ipynb #4c418a7f
-def _pairs(items: Sequence) -> tuple[list[Tensor], list[dict]]:
+def pairs(items: Sequence) -> tuple[list[Tensor], list[dict]]:
+    """Pairs of image and target as a list of images and a list of targets."""
     return [image for image, _ in items], [target for _, target in items]
 
 
@@ -218,9 +236,7 @@ def detect(
 ) -> None:  # fmt: skip
     """Search this process's share of the images; write detections as they come."""
     own = range(accelerator.process_index, len(data), accelerator.num_processes)
-    loader = DataLoader(
-        Subset(data, own), batch, num_workers=workers, collate_fn=_pairs
-    )
+    loader = DataLoader(Subset(data, own), batch, num_workers=workers, collate_fn=pairs)
     ids = data.category_ids.tolist()
     for images, targets in loader:
         with accelerator.autocast():
@@ -242,6 +258,12 @@ def merged(folder: Path) -> Path:
     return whole
 
 # %% ../nbs/14_detect.ipynb #6a7ac3dc
+def strong_rows(folder: Path, threshold: float = 0.3) -> list[dict]:
+    """Detections of `detections.jsonl` in a folder with scores above the threshold."""
+    lines = (folder / "detections.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["score"] > threshold]
+
+
 def draw_found(data: Dataset, folder: Path, images: int = 4) -> None:
     """Draw `detections.png` in a run's folder: images, their truth, what was found.
 
@@ -250,11 +272,7 @@ def draw_found(data: Dataset, folder: Path, images: int = 4) -> None:
     """
     import matplotlib.pyplot as plt
 
-    truth, lines = (
-        data.to_lvis(),
-        (folder / "detections.jsonl").read_text().splitlines(),
-    )
-    found = [row for row in map(json.loads, lines) if row["score"] > 0.3]
+    truth, found = data.to_lvis(), strong_rows(folder)
     names = {c["id"]: c["name"] for c in truth["categories"]}
     count = min(images, len(data))
     fig, axes = plt.subplots(1, count, figsize=(4 * count, 4), squeeze=False)
@@ -266,6 +284,45 @@ def draw_found(data: Dataset, folder: Path, images: int = 4) -> None:
         draw_detections(image, *rows, names=names, ax=ax).set_axis_off()
     fig.savefig(folder / "detections.png", bbox_inches="tight")
     plt.close(fig)
+
+# %% ../nbs/14_detect.ipynb #2c8e1d65
+def first_boxes(data: Dataset, folder: Path, images: int = 4) -> list[dict]:
+    """Boxes found on the first images with scores above 0.3, for a record."""
+    ids = {int(data[i][1]["image_id"]) for i in range(min(images, len(data)))}
+    rows = [row for row in strong_rows(folder) if row["image_id"] in ids]
+    return [{k: v for k, v in row.items() if k != "segmentation"} for row in rows]
+
+
+def group_calibration(truth: dict, file: Path) -> dict[str, Any]:
+    """Calibration of the boxes of all classes, and under "groups" of each group."""
+    letters = {"rare": "r", "common": "c", "frequent": "f"}
+    own = {k: detection_calibration(truth, file, groups=v) for k, v in letters.items()}
+    return detection_calibration(truth, file) | {"groups": own}
+
+# %% ../nbs/14_detect.ipynb #00466031
+def measured(
+    data: Dataset, folder: Path, kinds: Sequence[str], accelerator: Any,
+    last: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """AP of the detections that all processes wrote; {} for all but the main process.
+
+    kinds: "bbox", "segm"; last: with results per class, calibration and examples, and
+    a picture in the folder.
+    """
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {"metrics": {}}
+    truth, file = data.to_lvis(), merged(folder)
+    found = evaluate_lvis(truth, file, kinds)
+    results = {"metrics": readable_metrics(found)}
+    if last:
+        ids = data.category_ids.tolist()
+        results |= {"per_class": class_metrics(found, ids)}
+        results |= {"calibration": group_calibration(truth, file)}
+        results |= {"examples": first_boxes(data, folder)}
+        if find_spec("matplotlib"):
+            draw_found(data, folder)
+    return results
 
 # %% ../nbs/14_detect.ipynb #763173cd
 class Detection:
@@ -313,11 +370,4 @@ class Detection:
         own = folder / f"detections-{accelerator.process_index}.jsonl"
         with DetectionWriter(own) as writer:
             detect(model, self.test, writer, accelerator, workers)
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return {"metrics": {}}
-        found = evaluate_lvis(self.test, merged(folder), self.kinds)
-        if last and find_spec("matplotlib"):
-            draw_found(self.test, folder)
-        per_class = class_metrics(found, self.test.category_ids.tolist())
-        return {"metrics": readable_metrics(found), "per_class": per_class}
+        return measured(self.test, folder, self.kinds, accelerator, last)

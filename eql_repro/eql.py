@@ -24,21 +24,28 @@ def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
         raise ValueError(f"{name} must be in [{low}, {high}], got {got}")
 
 
-def _one_hot(target: Tensor, logits: Tensor) -> Tensor:
-    """Return y [N, C] from labels [N], where C is background, or from y itself."""
+def _check_target(target: Tensor, logits: Tensor) -> None:
+    """Raise unless the target is int64 [N] in [0, C] or float [N, C] in [0, 1]."""
     if target.is_floating_point():
         if target.shape != logits.shape:
             want, got = list(logits.shape), list(target.shape)
             raise ValueError(f"a float target must be {want} like logits, got {got}")
-        _check_range(target, "target", 0, 1)
-        return target.to(logits.dtype)
+        return _check_range(target, "target", 0, 1)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 or float, got {target.dtype}")
-    n, c = logits.shape
-    if target.shape != (n,):
-        raise ValueError(f"target must be [{n}] like logits, got {list(target.shape)}")
-    _check_range(target, "target", 0, c)
-    return (target[:, None] == torch.arange(c, device=target.device)).to(logits.dtype)
+    if target.shape != logits.shape[:1]:
+        want, got = list(logits.shape[:1]), list(target.shape)
+        raise ValueError(f"target must be {want} like logits, got {got}")
+    _check_range(target, "target", 0, logits.shape[1])
+
+
+def _one_hot(target: Tensor, logits: Tensor) -> Tensor:
+    """Return y [N, C] from labels [N], where C is background, or from y itself."""
+    _check_target(target, logits)
+    if target.is_floating_point():
+        return target.to(logits.dtype)
+    classes = torch.arange(logits.shape[1], device=target.device)
+    return (target[:, None] == classes).to(logits.dtype)
 
 # %% ../nbs/03_eql.ipynb #e01596c2
 def equalization_weights(
@@ -89,6 +96,75 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
         return loss
     return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
 
+
+def _terms(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
+    """Terms of Eq. 6-7, [N, C]; `e_r`: whether E(r) spares the background."""
+    y = _one_hot(target, z)
+    w = equalization_weights(y, tail, exclude_background=e_r)
+    return F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
+
+# %% ../nbs/03_eql.ipynb #91d4f3ac
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), to a unit in the last place of 1 or of x."""
+    return x.clamp(min=0).sub_(x.abs().sigmoid_().log_())
+
+# %% ../nbs/03_eql.ipynb #5c9e27d1
+_BLOCK = 2**18  # logits at a time: a megabyte, which a processor's cache holds
+
+
+def _rows_at_once(z: Tensor) -> int:
+    """How many rows of z to take at a time: all of them on an accelerator."""
+    return max(1, _BLOCK // z.shape[1]) if z.device.type == "cpu" else len(z)
+
+
+def _blocks(z: Tensor, target: Tensor, tail: Tensor, e_r: bool):
+    """Yield z, the own class c, whether there is one, E(r) and T, a few rows each."""
+    has = ((target >= 0) & (target < z.shape[1]))[:, None]
+    own = torch.where(has, target[:, None], 0)
+    e = (has if e_r else torch.ones_like(has)).to(z.dtype)
+    rows = (z, own, has, e, tail.to(z.dtype).expand_as(z))
+    return zip(*(x.split(_rows_at_once(z)) for x in rows), strict=True)
+
+# %% ../nbs/03_eql.ipynb #a4790e62
+def _put(x: Tensor, own: Tensor, has: Tensor, value: Tensor) -> Tensor:
+    """Write a value to the own class of each row of x that has one."""
+    return x.scatter_(1, own, torch.where(has, value, x.gather(1, own)))
+
+# %% ../nbs/03_eql.ipynb #b26d481f
+class _SumOfTerms(torch.autograd.Function):
+    """Sum of Eq. 6-7 from labels; forward-mode derivatives need `_terms`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
+        total = torch.zeros_like(z[0, 0])
+        for x, own, has, e, t in _blocks(z, target, tail, e_r):
+            s = _softplus(x).mul_(1 - e * t)
+            total = total + _put(s, own, has, -F.logsigmoid(x.gather(1, own))).sum()
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.e_r = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, target, tail = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            y = _one_hot(target, z)
+            w = equalization_weights(y, tail, exclude_background=ctx.e_r)
+            return grad * w * (z.sigmoid() - y), None, None, None
+        dz = torch.empty_like(z)
+        blocks = _blocks(z, target, tail, ctx.e_r)
+        for d, (x, own, has, e, t) in zip(
+            dz.split(_rows_at_once(z)), blocks, strict=True
+        ):
+            d.copy_(x).sigmoid_().mul_(grad - grad * e * t)
+            _put(d, own, has, (x.gather(1, own).sigmoid() - 1) * grad)
+        return dz, None, None, None
+
 # %% ../nbs/03_eql.ipynb #f5d38526
 def equalization_loss(
     logits: Tensor,
@@ -110,10 +186,12 @@ def equalization_loss(
     """
     _check_shapes(logits, tail)
     z = _wide(logits)
-    y = _one_hot(target, z)
-    w = equalization_weights(y, tail, exclude_background=exclude_background)
-    loss = F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
-    return _reduce(loss, reduction)
+    lean = reduction in ("mean", "sum") and target.dtype == torch.int64 and z.numel()
+    if torch.compiler.is_compiling() or tail.requires_grad or not lean:
+        return _reduce(_terms(z, target, tail, exclude_background), reduction)
+    _check_target(target, z)
+    total = _SumOfTerms.apply(z, target, tail, exclude_background)
+    return total / len(z) if reduction == "mean" else total
 
 # %% ../nbs/03_eql.ipynb #cd54bffa
 class EqualizationLoss(nn.Module):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .classify import Classification, build_loss
 from .detect import Detection
 from .gradients import GradientMeter
+from .heads import Heads
 from .provenance import write_file
-from .recipe import CLASSIFIED, DETECTED, Recipe
+from .recipe import DATA, Recipe
 from .samplers import keyed_generator
 
 # %% ../nbs/14_lanes.ipynb #1f739900
@@ -46,8 +47,15 @@ def learning_rate(recipe: Recipe, iteration: int) -> float:
 
 # %% ../nbs/14_lanes.ipynb #c629f0e2
 TASKS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(CLASSIFIED, Classification),
-    **dict.fromkeys(DETECTED, Detection),
+    "cifar100_lt": Classification,
+    "imagenet_lt": Classification,
+    "crops": Classification,
+    "crops_imagenet_lt": Classification,
+    "lvis_v0.5": Detection,
+    "lvis_v1": Detection,
+    "instances": Detection,
+    "scenes": Detection,
+    "regions": Heads,
 }
 
 # %% ../nbs/14_lanes.ipynb #42744b93

@@ -115,7 +115,8 @@ def classification_results(
     """Metrics, per-class results and calibration of a test set, as plain numbers.
 
     scores: probabilities [N, C]; labels: int64 [N] in [0, C); counts: training images
-    per class, int64 [C]. Groups without a class are left out.
+    per class, int64 [C]. Groups without a class are left out. The entry "groups" of the
+    calibration has that of the images of each group.
     """
     C = scores.shape[1]
     accuracy = class_accuracy(scores, labels, C)
@@ -125,12 +126,14 @@ def classification_results(
     top = {"top1": top_k(scores, labels), "top5": top_k(scores, labels, min(5, C))}
     positive = mean_positive_score(scores, labels, C)
     per_class = {"accuracy": accuracy, "mean_positive_score": positive}
+    own = {k: m[labels] for k, m in groups.items() if m[labels].any()}
+    bins = {k: calibration(scores[i], labels[i]) for k, i in own.items()}
     return {
         "metrics": top | by_group,
         "per_class": {
             k: [round(x, 6) for x in v.tolist()] for k, v in per_class.items()
         },
-        "calibration": calibration(scores, labels),
+        "calibration": calibration(scores, labels) | {"groups": bins},
     }
 
 # %% ../nbs/10_metrics.ipynb #3eef1641
@@ -315,6 +318,15 @@ def _read(ground_truth: Any, detections: Any, iou_types: Sequence[str]) -> tuple
     return truth, *_read_detections(detections, truth, masks)
 
 
+def _only(groups: str, truth: dict, table: np.ndarray, masks: list) -> tuple:
+    """Annotations and detections of the categories of these groups."""
+    chosen = {c["id"] for c in truth["categories"] if c["frequency"] in groups}
+    own = [a for a in truth["annotations"] if a["category_id"] in chosen]
+    kept = np.isin(table[:, 6], [*chosen])
+    masks = [mask for mask, keep in zip(masks, kept, strict=False) if keep]
+    return truth | {"annotations": own}, table[kept], masks
+
+
 def evaluate_lvis(
     ground_truth: str | PathLike | dict | Any,
     detections: str | PathLike | Iterable[dict],
@@ -480,7 +492,7 @@ def precision_recall(
     ids = [category["id"] for category in truth["categories"]]
     return result | {"per_class": dict(zip(ids, curves, strict=True))}
 
-# %% ../nbs/10_metrics.ipynb #7eddffed
+# %% ../nbs/10_metrics.ipynb #a10f4f3c
 def detection_calibration(
     ground_truth: Any,
     detections: Any,
@@ -488,18 +500,20 @@ def detection_calibration(
     iou: float = 0.5,
     iou_type: str = "bbox",
     bins: int = 10,
+    groups: str = "rcf",
 ) -> dict[str, list]:
     """Mean score, precision and count of detections in equal bins of score.
 
-    ground_truth, detections, iou, iou_type: as in `precision_recall`; bins: at least 1.
+    ground_truth, detections, iou, iou_type: as in `precision_recall`; bins: at least 1;
+    groups: letters of the categories that count, of r, c and f.
     Returns the lists of `calibration`; "accuracy" is the share matched to an object.
     Scores must be in [0, 1]. Raises ValueError for a wrong option.
     """
     place = _iou_place(iou)
     if bins < 1:
         raise ValueError(f"bins: got {bins!r}, expected at least 1")
-    truth, table, masks = _read(ground_truth, detections, [iou_type])
-    evaluation = _hotcoco(truth, table, masks, iou_type)
+    parts = _only(groups, *_read(ground_truth, detections, [iou_type]))
+    evaluation = _hotcoco(*parts, iou_type)
     threshold = evaluation.params.iou_thrs[place]
     rows = evaluation.calibration(n_bins=bins, iou_threshold=threshold)["bins"]
     names = {"confidence": "avg_confidence", "accuracy": "avg_accuracy"}

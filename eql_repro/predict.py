@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from .classify import build_loss
+from .detect import Detection
 from .instances import read_image
 from .lanes import TASKS
 from .longtail import require
 from .metrics import DetectionWriter, detections_from, draw_detections
-from .recipe import DETECTED
 from .training import load_run
 
 # %% ../nbs/17_predict.ipynb #57f43fb9
@@ -51,8 +51,8 @@ def predict(
     image twice, OSError for a file that is no image, FileExistsError where out exists.
     """
     model, recipe = load_run(folder)
-    if recipe.data not in DETECTED:
-        raise ValueError(f"folder: {recipe.name!r} is a classifier, not a detector")
+    if TASKS[recipe.data] is not Detection:
+        raise ValueError(f"folder: {recipe.name!r} is not a detector")
     images = [Path(image) for image in images]
     if not images or len({image.stem for image in images}) < len(images):
         raise ValueError(

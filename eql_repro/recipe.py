@@ -16,7 +16,7 @@ from .provenance import source_hash
 
 # %% ../nbs/13_recipe.ipynb #22184ed5
 CLASSIFIED = ("cifar100_lt", "imagenet_lt", "crops", "crops_imagenet_lt")
-DETECTED = ("lvis_v0.5", "lvis_v1", "instances", "scenes")
+DETECTED = ("lvis_v0.5", "lvis_v1", "instances", "scenes", "regions")
 DATA = CLASSIFIED + DETECTED
 SOFTMAX = ("softmax", "seql", "seesaw", "balanced_softmax", "ldam")
 SIGMOID = ("sigmoid", "eql", "focal", "eqlv2")
@@ -145,7 +145,7 @@ def science(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in asdict(recipe).items() if k != "name" and v != plain[k]}
 
 # %% ../nbs/13_recipe.ipynb #6efc335b
-_ROOTS = ("lanes.build_lane", "lanes.step", "lanes.measure")
+_ROOTS = ("lanes.TASKS", "lanes.build_lane", "lanes.step", "lanes.measure")
 
 
 def _words(value: Any) -> Iterator[str]:

@@ -90,6 +90,7 @@ class Record:
     per_class, calibration, curves: lists by name, empty where not measured.
     versions: of the libraries. commit, source: of the code that ran.
     speed: images a second and peak memory in GB, empty where not measured.
+    examples: boxes that a detector found on four images, scores above 0.3.
     changed: True if the source is another one today; not part of the file.
     """
 
@@ -106,6 +107,7 @@ class Record:
     commit: str
     source: str
     speed: dict = field(default_factory=dict)
+    examples: list = field(default_factory=list)
     changed: bool = False
 
 
@@ -133,7 +135,7 @@ def _numbers(value: object, where: str) -> list[tuple[str, float]]:
 def _check_types(data: dict) -> None:
     if not isinstance(data, dict):
         raise ValueError(f"record is a {type(data).__name__}, expected an object")
-    for key in sorted(_TYPES.keys() ^ (data.keys() - {"speed"})):
+    for key in sorted(_TYPES.keys() ^ (data.keys() - {"speed", "examples"})):
         word = "missing" if key in _TYPES else "unknown"
         raise ValueError(f"record has a {word} entry {key!r}")
     for key, kind in _TYPES.items():
@@ -427,7 +429,8 @@ def provenance_line(records: Sequence[Record]) -> str:
 # seconds per image of a network or of a profile: (large GPU, two CPU cores)
 SECONDS = {
     "lvis": (0.003, 1.0),
-    "pocket": (0.003, 0.06),
+    "pocket": (0.003, 0.08),
+    "region_head": (0.0005, 0.005),
     "resnet32": (0.014 / 256, 1.2 / 256),
     "resnet8": (0.008 / 256, 0.11 / 256),
     "resnet18": (0.02 / 256, 0.004),
@@ -439,7 +442,8 @@ SECONDS = {
 def estimated_minutes(recipe: Recipe) -> tuple[float, float]:
     """Minutes a run takes: on a large GPU, on two CPU cores."""
     images = recipe.iterations * (recipe.batch + recipe.background)
-    seconds = SECONDS[recipe.profile or recipe.network.removesuffix("_cosine")]
+    network = recipe.network.removesuffix("_cosine")
+    seconds = SECONDS[network if network in SECONDS else recipe.profile]
     gpu, cpu = (s * images / 60 for s in seconds)
     return gpu, cpu
 
@@ -452,11 +456,13 @@ _ORDER = (
     r"scenes_lvis_\w+",  # the stand-in of Tables 1 to 5
     r"crops_imagenetlt_(?!pocket)\w+",  # the stand-in of Table 9
     r"cifar100lt_\w+_short",
+    r"pocket_r18_(sigmoid|eql)",
+    r"pocket_heads_\w+",
     r"(crops_imagenetlt_pocket|pocket_r18)_\w+",
 )
 
 
-_AT_HAND = ("cifar100_lt", "crops", "crops_imagenet_lt", "scenes")
+_AT_HAND = ("cifar100_lt", "crops", "crops_imagenet_lt", "scenes", "regions")
 
 
 def _value(name: str) -> int:

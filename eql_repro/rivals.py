@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from .eql import _one_hot, _reduce, _wide
+from .eql import _one_hot, _reduce, _wide, equalization_loss
 from .longtail import ClassFrequency, _choose, _real, _vector
 from .seql import _check_labels
 
@@ -91,12 +91,14 @@ def softmax_terms(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class SigmoidCrossEntropy(_Loss):
-    """Binary cross-entropy over the classes: `sigmoid_terms`, reduced (Eq. 3-4)."""
+    """Binary cross-entropy: `sigmoid_terms`, reduced; Eq. 6-7 with an empty tail."""
 
     activation = "sigmoid"
 
-    def terms(self, logits: Tensor, target: Tensor) -> Tensor:
-        return sigmoid_terms(logits, target)
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        _check_logits(logits)
+        none = logits.new_zeros(logits.shape[1], dtype=torch.bool)
+        return equalization_loss(logits, target, none, reduction=self.reduction)
 
 
 class SoftmaxCrossEntropy(_Loss):

@@ -62,6 +62,16 @@ def _check_labels(target: Tensor, logits: Tensor) -> None:
     _check_range(target, "target", 0, c - 1)
 
 # %% ../nbs/04_seql.ipynb #78a86a6b
+def _log_weights(
+    target: Tensor, tail: Tensor, beta: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Logarithm of `denominator_weights`, without one for a tail of yes and no."""
+    if tail.dtype != torch.bool:
+        return denominator_weights(target, tail, beta).to(dtype).log()
+    ignored = (beta & tail).scatter_(1, target[:, None], False)
+    return torch.zeros_like(ignored, dtype=dtype).masked_fill_(ignored, -torch.inf)
+
+
 def softmax_equalization_loss(
     logits: Tensor,
     target: Tensor,
@@ -84,8 +94,8 @@ def softmax_equalization_loss(
     _check_shapes(logits, tail)
     _check_labels(target, logits)
     beta = draw_beta(logits, gamma, generator=generator, per_sample=per_sample)
-    w = denominator_weights(target, tail, beta)
-    z = _wide(logits) + w.to(_wide(logits).dtype).log()
+    z = _wide(logits)
+    z = z + _log_weights(target, tail, beta, z.dtype)
     return _reduce(F.cross_entropy(z, target, reduction="none"), reduction)
 
 # %% ../nbs/04_seql.ipynb #fda90c5f

@@ -25,8 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 # %% ../nbs/14_training.ipynb #e1548ff3
-from .classify import build_loss
-from .detect import without_weights
+from .detect import finished_run
 from .gradients import GradientMeter
 from eql_repro.lanes import (
     TASKS,
@@ -38,9 +37,9 @@ from eql_repro.lanes import (
     save_checkpoint,
     step,
 )
-from .longtail import ClassFrequency, require
+from .longtail import require
 from .provenance import device_name, provenance, write_file, write_json
-from .recipe import Recipe, recipe_from, run_source
+from .recipe import Recipe, run_source
 
 # %% ../nbs/14_training.ipynb #d066e7b1
 LOG_EVERY = 10
@@ -131,7 +130,7 @@ def build_record(lane: Lane, results: dict, device: torch.device) -> dict[str, A
     ran |= {"source": lane.source, "speed": speed(lane, device)}
     start = json.loads((lane.folder / "run.json").read_text(encoding="utf-8"))
     what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
-    what["iterations"] = lane.iteration
+    what |= {"iterations": lane.iteration, "calibration": {}}
     return what | ran | results | {"curves": curves} | start["provenance"]
 
 # %% ../nbs/14_training.ipynb #ddeb23be
@@ -153,22 +152,11 @@ def finish(lane: Lane, accelerator: Any, workers: int = 0) -> None:
 
 # %% ../nbs/14_training.ipynb #503879ce
 def load_run(folder: str | Path) -> tuple[nn.Module, Recipe]:
-    """The trained model of a finished run, in evaluation mode, and its recipe.
+    """The trained model of any task's finished run, and its recipe; see `finished_run`.
 
-    Reads weights only, so a folder from elsewhere is safe to load. Raises ValueError
-    where the run is not finished.
+    Raises ValueError where the run is not finished.
     """
-    folder = Path(folder)
-    if not (folder / "weights.pt").is_file():
-        raise ValueError(f"folder: {folder} has no weights.pt: not a finished run")
-    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    recipe = recipe_from(state["recipe"])
-    loss = build_loss(recipe, ClassFrequency(torch.ones(recipe.num_classes).long()))
-    build = TASKS[recipe.data].build_model
-    model = build(without_weights(recipe), state["seed"], loss)
-    weights = torch.load(folder / "weights.pt", "cpu", weights_only=True)
-    model.load_state_dict(weights)
-    return model.eval(), recipe
+    return finished_run(folder, lambda r, *rest: TASKS[r.data].build_model(r, *rest))
 
 # %% ../nbs/14_training.ipynb #8bf83213
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eql_repro.eql
 from eql_repro import (
     ClassFrequency,
     EqualizationLoss,
@@ -330,10 +331,80 @@ def test_lambda_zero_is_the_plain_loss():
     for threshold in ("step", "exponential", "gompertz"):
         plain = EqualizationLoss(FREQUENCY, 0, threshold=threshold)
         bce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-        assert torch.equal(plain(z, labels), bce.sum() / 64)
+        assert torch.isclose(plain(z, labels), bce.sum() / 64, rtol=1e-6)
+        plain.reduction = "none"
+        assert torch.equal(plain(z, labels), bce)
         plain = SoftmaxEqualizationLoss(FREQUENCY, 0, threshold=threshold)
         ce = F.cross_entropy(z, labels % C, reduction="none")
         assert torch.equal(plain(z, labels % C), ce.sum() / 64)
+
+
+# The short way: a sum from labels without matrices
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(eql_repro.eql, "_BLOCK", 3 * C)  # 64 regions: 22 blocks
+
+
+@pytest.mark.parametrize("e_r", [True, False])
+@pytest.mark.parametrize("kind", ["step", "soft", "rows", "none"])
+def test_blocks_are_the_matrices(small_blocks, kind, e_r):
+    z, labels = batch(64, dtype=torch.float64)
+    tails = {"step": TAIL, "soft": TAIL * 0.3 + 0.1, "none": TAIL & False}
+    tail = tails.get(kind, torch.arange(64 * C).view(64, C) % 3 > 0)
+    results = []
+    for target in (labels, F.one_hot(labels, C + 1)[:, :C].double()):  # short, long
+        leaf = z.clone().requires_grad_()
+        value = equalization_loss(leaf, target, tail, exclude_background=e_r)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    assert torch.isclose(results[0][0], results[1][0], rtol=1e-14)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-14, atol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """Collect the bytes of all that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[id(storage)] = (storage, storage.nbytes())  # kept: unique id
+        return out
+
+    def matrices(self, z):
+        """How many tensors were made as large as z, itself aside."""
+        own, size = z.untyped_storage(), z.untyped_storage().nbytes()
+        pointers = {s.data_ptr() for s, n in self.made.values() if n >= size}
+        return len(pointers - {own.data_ptr()})
+
+
+def test_the_gradient_is_the_only_matrix(small_blocks):
+    z, labels = batch(64)
+    z.requires_grad_()
+    counts = []
+    for target in (labels, F.one_hot(labels, C + 1)[:, :C].float()):
+        with Sizes() as sizes:
+            eql()(z, target).backward()
+        counts.append(sizes.matrices(z))
+        z.grad = None
+    assert counts[0] == 1 and counts[1] >= 6
+
+
+def test_second_derivatives(small_blocks):
+    z, labels = batch(8, dtype=torch.float64)
+    z.requires_grad_()
+    for loss in (eql(), eql(threshold="gompertz", exclude_background=False)):
+        assert torch.autograd.gradgradcheck(lambda z, f=loss: f(z, labels), z)
+    by_func = torch.func.grad(lambda z: eql()(z, labels))(z.detach())
+    eql()(z, labels).backward()
+    assert torch.allclose(by_func, z.grad, rtol=1e-14, atol=0)
 
 
 def test_a_soft_tail_scales_the_denominator():
