@@ -17,7 +17,7 @@ mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static"
 project, author, copyright = given["lib_name"], given["author"], given["copyright"]
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design"]
-exclude_patterns = ["_static"]
+exclude_patterns = ["_static", "mathjax/*svg*", "mathjax/*mml-*", "mathjax/*full*"]
 templates_path = ["_templates"]
 
 nb_execution_mode = "off"
