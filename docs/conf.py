@@ -16,6 +16,7 @@ mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static"
 
 project, author, copyright = given["lib_name"], given["author"], given["copyright"]
 language = "en"
+smartquotes_action = "qe"  # two hyphens stay: they begin options
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design"]
 exclude_patterns = ["_static", "mathjax/*svg*", "mathjax/*mml-*", "mathjax/*full*"]
 templates_path = ["_templates"]

@@ -143,10 +143,11 @@ def test_the_first_page_shows_only_the_imports_it_uses():
 def test_a_docstring_becomes_fields():
     doc = "Sum.\n\n`x`: float [N]. `y`, `z`: more; two. Returns a sum.\nRaises OSError."
     assert reference.describe(doc, ["x", "y", "z"])[2:-1] == [
-        ":param x: float [N].",
-        ":param y, z: more; two.",
-        ":returns: a sum.",
-        ":errors: OSError.",
+        ":Parameters:",
+        "    - **x** – float [N].",
+        "    - **y**, **z** – more; two.",
+        ":Returns: a sum.",
+        ":Errors: OSError.",
     ]
 
 

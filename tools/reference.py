@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from book import directives, is_export, tree
 from pages import Page, Site, prose, public_names, shown, toctree
 
-LEAD = r"(?:(?<=^)|(?<=[.;:] )|(?<=\n))"
-NOTES = re.compile(r"(?<=[.;] )(?=(?:Returns?|Raises|Others|Buffers?|Call|Every) )")
+LEAD = r"(?:(?<=^)|(?<=[.;:] ))"
+NOTES = re.compile(r"(?<=[.;] )(?=(?:Returns?|Raises:?|Others|Buffers?|Call|Every) )")
 
 
 @dataclass(frozen=True)
@@ -129,38 +129,24 @@ def arguments(text: str) -> list[str]:
 
 
 def describe(doc: str, names: list[str]) -> list[str]:
-    """A docstring as paragraphs, its arguments as a field list."""
+    """A docstring as paragraphs; its arguments, result and errors as fields."""
     head, _, rest = doc.partition("\n")
-    body = re.sub(r"\s*\n\s*", " ", rest.strip().replace("\n\n", " "))
-    if not body:
-        return [head, ""]
     one = "|".join(f"`?{re.escape(name)}`?" for name in names) or r"(?!)"
     label = re.compile(rf"{LEAD}((?:{one})(?:, (?:{one}))*): ")
-    parts = label.split(body)
-    before, fields = parts[0], parts[1:]
-    lines, notes = [], [before.strip()]
-    for name, text in zip(fields[::2], fields[1::2], strict=True):
-        text, *more = NOTES.split(text, maxsplit=1)
-        notes += more
-        plain = name.replace("`", "")
-        lines.append(f":param {plain}: {text.strip().rstrip(';.')}.")
-    said = [note for text in notes for note in NOTES.split(text) if note.strip()]
-    paragraphs, ends = [], []
-    for note in said:
-        note = note.strip()
-        if match := re.match(r"(Returns?|Raises) ", note):
-            kind = "returns" if match[1].startswith("Ret") else "raises"
-            ends.append((kind, note[match.end() :]))
-        else:
-            paragraphs.append(note)
-    fields = [
-        *lines,
-        *[f":{kind}: {text}" for kind, text in ends if kind == "returns"],
-    ]
-    raises = [text for kind, text in ends if kind == "raises"]
-    fields += [f":errors: {' '.join(raises)}"] if raises else []
-    out = [head, "", *[line for p in paragraphs for line in (p, "")]]
-    return [*out, *fields, ""] if fields else out
+    before, *labelled = label.split(" ".join(rest.split()))
+    listed, said = [], NOTES.split(before)
+    for name, text in zip(labelled[::2], labelled[1::2], strict=True):
+        text, *notes = NOTES.split(text)
+        said += notes
+        shown = re.sub(r"`?(\w+)`?", r"**\1**", name)
+        listed.append(f"    - {shown} – {text.strip(' ;.')}.")
+    fields = [":Parameters:", *listed] if listed else []
+    for field, verbs in (("Returns", "Returns?"), ("Errors", "Raises:?")):
+        found = [m[1] for note in said if (m := re.match(rf"{verbs} (.*)", note))]
+        fields += [f":{field}: {' '.join(found).strip()}"] if found else []
+    plain = [n.strip() for n in said if not re.match(r"Returns? |Raises:? ", n)]
+    paragraphs = [line for text in [head, *filter(None, plain)] for line in (text, "")]
+    return [*paragraphs, *fields, ""] if fields else paragraphs
 
 
 def safe(text: str) -> str:
