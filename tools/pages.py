@@ -485,7 +485,9 @@ package's losses at the start of training, ten classes with 1,000 to 10 regions.
 def door_cards(source: str) -> str:
     """The list of doors as cards side by side."""
     doors = re.findall(r"^- \*\*(.+?)\*\*: (.+)$", source, re.MULTILINE)
-    cards = [f"````{{grid-item-card}} {name}\n{text}\n````" for name, text in doors]
+    cards = [
+        f"````{{grid-item-card}} {name}\n{_capital(text)}\n````" for name, text in doors
+    ]
     return "\n".join(["`````{grid} 1 1 3 3", ":gutter: 3", *cards, "`````"])
 
 
