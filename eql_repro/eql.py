@@ -103,11 +103,6 @@ def _terms(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
     w = equalization_weights(y, tail, exclude_background=e_r)
     return F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
 
-# %% ../nbs/03_eql.ipynb #91d4f3ac
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), to a unit in the last place of 1 or of x."""
-    return x.clamp(min=0).sub_(x.abs().sigmoid_().log_())
-
 # %% ../nbs/03_eql.ipynb #5c9e27d1
 _BLOCK = 2**18  # logits at a time: a megabyte, which a processor's cache holds
 
@@ -140,7 +135,7 @@ class _SumOfTerms(torch.autograd.Function):
     def forward(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
         total = torch.zeros_like(z[0, 0])
         for x, own, has, e, t in _blocks(z, target, tail, e_r):
-            s = _softplus(x).mul_(1 - e * t)
+            s = F.softplus(x, threshold=40).mul_(1 - e * t)  # x itself above 40
             total = total + _put(s, own, has, -F.logsigmoid(x.gather(1, own))).sum()
         return total
 
@@ -186,8 +181,9 @@ def equalization_loss(
     """
     _check_shapes(logits, tail)
     z = _wide(logits)
-    lean = reduction in ("mean", "sum") and target.dtype == torch.int64 and z.numel()
-    if torch.compiler.is_compiling() or tail.requires_grad or not lean:
+    lean = reduction in ("mean", "sum") and target.dtype == torch.int64
+    lean = lean and not tail.requires_grad and not torch.compiler.is_compiling()
+    if not lean or z.numel() < _BLOCK:
         return _reduce(_terms(z, target, tail, exclude_background), reduction)
     _check_target(target, z)
     total = _SumOfTerms.apply(z, target, tail, exclude_background)

@@ -114,8 +114,8 @@ SCENES = replace(
 )  # fmt: skip
 POCKET = replace(
     LVIS, name="pocket_r18_sigmoid", **_SMALL, profile="pocket", num_classes=30,
-    prior=0.01, precision="fp32", iterations=750, batch=8, lr=2e-3, warmup_lr=2e-5,
-    warmup=75,
+    prior=0.01, precision="fp32", iterations=850, batch=8, lr=2e-3, warmup_lr=2e-5,
+    warmup=85,
     detector_options=(
         ("min_size", 128), ("anchor_sizes", (8, 16, 32, 64, 128)),
         ("proposals", (200, 100)), ("regions", 64), ("channels", 64), ("hidden", 256),

@@ -9,6 +9,7 @@ __all__ = ['LOG_EVERY', 'SHARED', 'log', 'watch', 'thin', 'metered', 'images_in'
 
 # %% ../nbs/14_training.ipynb #e2f7880b
 import json
+import os
 import re
 import resource
 import signal
@@ -333,9 +334,13 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
     module = require("accelerate")
     check_runs(runs)
     bf16 = runs[0][0].precision == "bf16"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     trackers = {"log_with": "tensorboard"} if options.tensorboard else {}
     accelerator = module.Accelerator(
-        mixed_precision="bf16" if bf16 else "no", project_dir=str(out), **trackers
+        mixed_precision="bf16" if bf16 else "no",
+        cpu=several and not torch.cuda.is_available(),  # else they form no group
+        project_dir=str(out),
+        **trackers,
     )
     check_runs(runs, accelerator.num_processes)
     if options.tensorboard:

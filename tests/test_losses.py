@@ -331,9 +331,7 @@ def test_lambda_zero_is_the_plain_loss():
     for threshold in ("step", "exponential", "gompertz"):
         plain = EqualizationLoss(FREQUENCY, 0, threshold=threshold)
         bce = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-        assert torch.isclose(plain(z, labels), bce.sum() / 64, rtol=1e-6)
-        plain.reduction = "none"
-        assert torch.equal(plain(z, labels), bce)
+        assert torch.equal(plain(z, labels), bce.sum() / 64)
         plain = SoftmaxEqualizationLoss(FREQUENCY, 0, threshold=threshold)
         ce = F.cross_entropy(z, labels % C, reduction="none")
         assert torch.equal(plain(z, labels % C), ce.sum() / 64)

@@ -15,7 +15,6 @@ def member(rank: int, port: int, call: Callable, *arguments) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     call(rank, *arguments)
 
