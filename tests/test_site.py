@@ -100,6 +100,7 @@ def test_names_papers_and_pages_become_links():
     assert linked("a `step`") == "a `step`"  # a plain word of another module
     assert linked("`table1_lvis`") == "[`table1_lvis`](results/table1_lvis.ipynb)"
     assert linked("Lin et al. 2017)") == "[Lin et al. 2017](#paper-lin2017))"
+    assert linked("Lin et al. (2017)") == "[Lin et al. (2017)](#paper-lin2017)"
     assert linked("R-CNN, R-CNN") == "[R-CNN](#paper-he2017), R-CNN"
     for same in ("`R-CNN`", "$R-CNN$", "# R-CNN", "```\nR-CNN\n```", "[R-CNN](#x)"):
         assert linked(same) == same

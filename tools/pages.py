@@ -208,7 +208,7 @@ TOKEN = re.compile(
 )
 EQUATION = re.compile(r"\bEq\.\s(\d+(?:(?:, |-| to )\d+)*)")
 CITATION = re.compile(
-    r"\b([A-Z]\w+) et al\.(?:,?\s+(?:[A-Z]\w+\s+)?\(?((?:19|20)\d\d)\b)?"
+    r"\b([A-Z]\w+) et al\.(?:,?\s+(?:[A-Z]\w+\s+)?(?:((?:19|20)\d\d)\b|\((\d{4})\)))?"
 )
 
 
@@ -236,17 +236,17 @@ def prose(text: str, page: Page, site: Site, seen: set[str]) -> str:
 def _plain(text: str, page: Page, site: Site, seen: set[str]) -> str:
     text = CITATION.sub(lambda m: _cite(m, page, site, seen), text)
     for key, paper in site.papers.items():
-        for name in filter(None, paper.get("names", "").split(", ")):
-            if key not in seen and re.search(
-                pattern := rf"(?<![\w[-]){name}(?![\w-])", text
-            ):
-                text = re.sub(pattern, lambda m, k=key: _paper(m[0], k), text, count=1)
-                _note(key, page, site, seen)
+        if key in seen or not (names := paper.get("names")):
+            continue
+        pattern = rf"(?<![\w[-])(?:{names.replace(', ', '|')})(?![\w-])"
+        text, found = re.subn(pattern, rf"[\g<0>](#paper-{key})", text, count=1)
+        if found:
+            _note(key, page, site, seen)
     return EQUATION.sub(lambda m: _equation(m, site), text)
 
 
 def _cite(match: re.Match, page: Page, site: Site, seen: set[str]) -> str:
-    author, year = match[1], match[2]
+    author, year = match[1], match[2] or match[3]
     for key, paper in site.papers.items():
         first = paper["author"].split(" and ")[0].split()[-1]
         if first == author and (not year or paper["year"] == year):
@@ -256,8 +256,7 @@ def _cite(match: re.Match, page: Page, site: Site, seen: set[str]) -> str:
 
 
 def _paper(text: str, key: str) -> str:
-    text, found, year = text.partition("(")
-    return f"[{text}{year}](#paper-{key})" if found else f"[{text}](#paper-{key})"
+    return f"[{text}](#paper-{key})"
 
 
 def _note(key: str, page: Page, site: Site, seen: set[str]) -> None:
