@@ -7,13 +7,13 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 INPUTS := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
-SOURCES := nbs tests tools setup.py
+SOURCES := docs nbs tests tools setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check notebooks readme book format clean
+.PHONY: help run test check notebooks readme book docs docs-serve format clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 run: .venv/.run-installed ## the losses on the embedded data
 	$(BIN)/eql quickstart
@@ -35,13 +35,19 @@ readme: .venv/.dev-installed ## README.md from nbs/index.ipynb
 book: .venv/.run-installed ## open the book in JupyterLab
 	$(BIN)/jupyter lab nbs
 
+docs: .venv/.dev-installed ## the site, in docs/_build/html
+	$(BIN)/python tools/make_docs.py
+
+docs-serve: docs ## the site on this machine, port 8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
 format: .venv/.dev-installed ## format notebooks, tests and tools; export
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/nbdev_export
 
 clean: ## remove what the other targets made, runs/ aside
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .executed.json
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache .executed.json
 
 # The environment. What is installed for `dev` serves `run` too.
 

@@ -371,7 +371,7 @@ def _differences(here: Path, fresh: Path) -> list[str]:
 def check_format(root: Path = ROOT) -> list[str]:
     """`ruff format` and `ruff check` have nothing to say."""
     ruff = Path(sys.executable).parent / "ruff"
-    targets = ["nbs", "tests", "tools", "setup.py"]
+    targets = ["docs", "nbs", "tests", "tools", "setup.py"]
     found = []
     for command in (["format", "--check"], ["check", "--output-format", "concise"]):
         done = subprocess.run(
