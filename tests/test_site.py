@@ -69,6 +69,20 @@ def test_directives_and_hidden_cells_do_not_show():
     assert cell["source"] == "def f(): ..." and cell["metadata"]["tags"] == ["export"]
 
 
+def test_links_stand_below_the_sentence_of_a_page():
+    page, site = small_site()
+    page.nb["cells"][0]["source"] += "\n\nMore."
+    rows = pages.build_copy(page, site)["cells"][0]["source"].split("\n")
+    assert rows[:5] == [
+        "# A title",
+        "",
+        "> A sentence.",
+        "",
+        "```{container} page-links",
+    ]
+    assert site.colab(page) in rows[5] and rows[-1] == "More."
+
+
 def test_figures_have_number_caption_and_alt_text():
     source = "#| label: fig-a\n#| fig-cap: It rises.\n#| fig-alt: A line.\ndraw()"
     page, site = small_site(source, source)

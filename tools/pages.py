@@ -356,7 +356,12 @@ def build_copy(page: Page, site: Site) -> dict:
         if cell["cell_type"] == "markdown":
             cell["source"] = prose(cell["source"], page, site, seen)
             if number == 0:
-                cell["source"] += "\n\n" + page_links(page, site)
+                rows = cell["source"].split("\n")
+                below = (
+                    next(i for i, row in enumerate(rows) if row.startswith("> ")) + 1
+                )
+                rows[below:below] = ["", *page_links(page, site).split("\n"), ""]
+                cell["source"] = "\n".join(rows)
             cells.append(cell)
             continue
         for output in cell["outputs"]:
