@@ -402,7 +402,7 @@ def train(
     with accelerator.main_process_first():
         for folder, run in zip(folders, runs, strict=True):
             open_folder(folder, *run, force and accelerator.is_main_process)
-    task, lanes = TASKS[runs[0][0].data](runs[0][0], options.data), []
+        task, lanes = TASKS[runs[0][0].data](runs[0][0], options.data), []
     for folder, run in zip(folders, runs, strict=True):
         lanes.append(open_lane(*run, folder, task, accelerator))
         write_start(lanes[-1], options, accelerator)
