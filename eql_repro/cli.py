@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from .commands import data_app, evaluate, predict, scenes_app
+from .commands import bench, data_app, evaluate, predict, scenes_app
 from .images import cifar100_lt
 from .longtail import ClassFrequency, require
 from .recipe import Recipe, recipe_from
@@ -279,7 +279,8 @@ def frequencies(
 app.add_typer(data_app, name="data")
 app.add_typer(scenes_app, name="scenes")
 app.command()(evaluate)
-_ = app.command()(predict)
+app.command()(predict)
+_ = app.command()(bench)
 
 # %% ../nbs/18_cli.ipynb #cae73c5e
 if __name__ == "__main__" and "__file__" in globals():
