@@ -38,7 +38,7 @@ def seconds(task: Task, device: torch.device, calls: int = 1) -> float:
     _wait(device)
     return (time.perf_counter() - start) / calls
 
-# %% ../nbs/17_bench.ipynb #153ca4f3
+# %% ../nbs/17_bench.ipynb #a25acba7
 def in_turn(
     tasks: Mapping[str, Task],
     device: torch.device,
@@ -47,19 +47,20 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds a call of each task in each round, all tasks in every round.
 
-    at_least: seconds that a task is repeated for in a round. Raises ValueError without
-    tasks or rounds.
+    at_least: seconds that a task is repeated for in a round; one round is a trial, with
+    one call. Raises ValueError without tasks or rounds.
     """
     if not tasks or rounds < 1:
         raise ValueError(f"rounds: got {rounds} of {len(tasks)} tasks, expected some")
     calls = {}
     for name, task in tasks.items():
         seconds(task, device)  # the first call pays for compiling and caches
-        calls[name] = max(1, round(at_least / max(seconds(task, device), 1e-9)))
+        once = max(seconds(task, device), 1e-9) if rounds > 1 else at_least
+        calls[name] = min(10_000, max(1, round(at_least / once)))
     found: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, task in tasks.items():
-            found[name].append(seconds(task, device, min(calls[name], 10_000)))
+            found[name].append(seconds(task, device, calls[name]))
     return found
 
 # %% ../nbs/17_bench.ipynb #bcd2cd91

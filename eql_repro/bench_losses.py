@@ -40,8 +40,15 @@ def released_loss(z: Tensor, labels: Tensor, tail: Tensor) -> Tensor:
     terms = F.binary_cross_entropy_with_logits(z, y, reduction="none")
     return (weight * terms).sum() / n
 
-# %% ../nbs/17_bench_losses.ipynb #aeecc950
+# %% ../nbs/17_bench_losses.ipynb #3883c2a0
 _LAMBDA = 1.76e-3  # 915 of LVIS's 1,230 classes
+
+
+_LOSSES = EqualizationLoss, SoftmaxEqualizationLoss
+
+
+def _one_hot(labels: Tensor, c: int) -> Tensor:
+    return F.one_hot(labels, c + 1)[:, :c].float()
 
 
 def _made(n: int, c: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -50,29 +57,25 @@ def _made(n: int, c: int, device: torch.device) -> tuple[Tensor, ...]:
     labels = torch.randint(c + 1, (n,), generator=draw)
     z = torch.randn(n, c, generator=draw)
     z, labels = z.to(device).requires_grad_(), labels.to(device)
-    one_hot = F.one_hot(labels, c + 1)[:, :c].float()
+    one_hot = _one_hot(labels, c)
     return frequency, labels, z, one_hot
 
-
+# %% ../nbs/17_bench_losses.ipynb #f22ed07b
 def loss_tasks(n: int, c: int, device: torch.device) -> dict[str, Task]:
     """Tasks by name, all on the same logits [n, c] and labels."""
     frequency, labels, z, one_hot = _made(n, c, device)
-    eql = EqualizationLoss(frequency, _LAMBDA).to(device)
-    seql = SoftmaxEqualizationLoss(frequency, _LAMBDA).to(device)
-    own, bce = labels % c, F.binary_cross_entropy_with_logits
-
-    def with_one_hot(z: Tensor) -> Tensor:
-        return bce(z, F.one_hot(labels, c + 1)[:, :c].float(), reduction="sum") / n
-
+    eql, seql = (L(frequency, _LAMBDA).to(device) for L in _LOSSES)
+    bce = F.binary_cross_entropy_with_logits
     losses = {
         "EQL": lambda z: eql(z, labels),
         "BCE, one-hot given": lambda z: bce(z, one_hot, reduction="sum") / n,
-        "BCE, one-hot made": with_one_hot,
+        "BCE, one-hot made": lambda z: bce(z, _one_hot(labels, c), reduction="sum") / n,
         "released form": lambda z: released_loss(z, labels, eql.tail),
-        "SEQL": lambda z: seql(z, own),
-        "cross-entropy": lambda z: F.cross_entropy(z, own),
+        "SEQL": lambda z: seql(z, labels % c),
+        "cross-entropy": lambda z: F.cross_entropy(z, labels % c),
     }
-    return {name: gradient_task(loss, z) for name, loss in losses.items()}
+    draw = {"draw of β": lambda: torch.rand(n, c, device=device) < 0.95}
+    return {name: gradient_task(loss, z) for name, loss in losses.items()} | draw
 
 # %% ../nbs/17_bench_losses.ipynb #6b86d6a2
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
@@ -81,12 +84,11 @@ def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
     times = in_turn({"copy": lambda: b.copy_(a)}, device, rounds=5)["copy"]
     return 8 * size / min(times)
 
-# %% ../nbs/17_bench_losses.ipynb #39e0a5b6
+# %% ../nbs/17_bench_losses.ipynb #62237604
 def compiled_tasks(n: int, c: int, device: torch.device) -> dict[str, Task]:
     """Compiled forms: EQL, BCE, SEQL, cross-entropy, and EQL with its gradient."""
     frequency, labels, z, one_hot = _made(n, c, device)
-    eql = EqualizationLoss(frequency, _LAMBDA).to(device)
-    seql = SoftmaxEqualizationLoss(frequency, _LAMBDA).to(device)
+    eql, seql = (L(frequency, _LAMBDA).to(device) for L in _LOSSES)
     own, bce = labels % c, F.binary_cross_entropy_with_logits
     losses = {
         "EQL": lambda z: eql(z, labels),
@@ -99,14 +101,15 @@ def compiled_tasks(n: int, c: int, device: torch.device) -> dict[str, Task]:
     still = z.detach()
     return tasks | {"EQL, loss and gradient in one": lambda: both(still)}
 
-# %% ../nbs/17_bench_losses.ipynb #48e49907
+# %% ../nbs/17_bench_losses.ipynb #a6c4801e
 def _pairs(tasks: dict[str, Task], pairs: dict, size: str, device, **more: Any) -> list:
     """A row for each (ours, theirs, goal)."""
     rows = []
     for (ours, theirs), goal in pairs.items():
         both = {ours: tasks[ours], theirs: tasks[theirs]}
         what = f"{ours} against {theirs}"
-        rows.append(compare(what, size, both, device, goal=goal, **more))
+        goals = {} if goal is None else {"goal": goal}
+        rows.append(compare(what, size, both, device, **goals, **more))
     return rows
 
 
@@ -115,6 +118,7 @@ _PLAIN = {
     ("EQL", "BCE, one-hot made"): 1.0,
     ("EQL", "released form"): 1.0,
     ("SEQL", "cross-entropy"): 1 / 1.1,
+    ("draw of β", "cross-entropy"): None,
 }
 _COMPILED = {("EQL", "BCE"): 1.0, ("SEQL", "cross-entropy"): 1 / 1.1}
 
