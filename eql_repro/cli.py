@@ -100,7 +100,6 @@ Micro = Annotated[int, typer.Option(help="images per forward, 0: the whole batch
 Keep = Annotated[int, typer.Option(help="checkpoints to keep")]
 Every = Annotated[int, typer.Option(help="iterations from checkpoint to checkpoint")]
 Board = Annotated[bool, typer.Option("--tensorboard", help="write event files")]
-Compile = Annotated[bool, typer.Option("--compile", help="by torch.compile")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 
 # %% ../nbs/18_cli.ipynb #a88f29aa
@@ -147,13 +146,13 @@ def run(
     data: Data = None, download: Fetch = False, missing: Missing = False,
     minutes: Minutes = 0, together: Together = 1, workers: Workers = 0,
     micro_batch: Micro = 0, checkpoint_every: Every = 100, keep: Keep = 1,
-    tensorboard: Board = False, compile: Compile = False, force: Force = False,
+    tensorboard: Board = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Train recipes, each with every seed, side by side; unfinished runs continue.
 
     With --missing --minutes N: what `eql records --missing` lists, as far as N reach.
     """
-    counts = data, workers, micro_batch, checkpoint_every, keep, tensorboard, compile
+    counts = data, workers, micro_batch, checkpoint_every, keep, tensorboard
     if bool(recipes) == missing:
         raise ValueError("recipes: give names, or --missing --minutes N")
     if missing:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TASKS', 'OPTIMIZERS', 'PROGRESS', 'learning_rate', 'Lane', 'build_lane', 'set_up_step', 'step',
-           'compile_network', 'lane_parts', 'lane_state', 'save_checkpoint', 'load_checkpoint', 'measure']
+           'lane_parts', 'lane_state', 'save_checkpoint', 'load_checkpoint', 'measure']
 
 # %% ../nbs/14_lanes.ipynb #187bb472
 import os
@@ -148,22 +148,6 @@ def step(lane: Lane, batch: Any, accelerator: Any, micro_batch: int = 0) -> None
     lane.optimizer.zero_grad()
     lane.recent.append(total)
     lane.iteration += 1
-
-# %% ../nbs/14_lanes.ipynb #21eb4b7f
-def compile_network(lane: Lane, accelerator: Any, backend: str = "inductor") -> None:
-    """Compile a classifier for training, all but its class layer, in place.
-
-    backend: of torch.compile. Weights keep their names, evaluation is not compiled.
-    """
-    model = accelerator.unwrap_model(lane.model)
-    for part in model.children():
-        if part is not lane.task.class_layer(model):
-            _compile(part, backend)
-
-
-def _compile(part: nn.Module, backend: str) -> None:
-    plain, fast = part.forward, torch.compile(part.forward, backend=backend)
-    part.forward = lambda *x: (fast if part.training else plain)(*x)
 
 # %% ../nbs/14_lanes.ipynb #8ffde9f0
 PROGRESS = ("iteration", "minutes", "source", "history", "evaluations", "recent")

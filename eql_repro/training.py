@@ -32,7 +32,6 @@ from eql_repro.lanes import (
     TASKS,
     Lane,
     build_lane,
-    compile_network,
     learning_rate,
     load_checkpoint,
     measure,
@@ -41,7 +40,7 @@ from eql_repro.lanes import (
 )
 from .longtail import require
 from .provenance import device_name, provenance, write_file, write_json
-from .recipe import CLASSIFIED, Recipe, run_source
+from .recipe import Recipe, run_source
 
 # %% ../nbs/14_training.ipynb #d066e7b1
 LOG_EVERY = 10
@@ -168,9 +167,8 @@ class Options:
     data: the data's folder (default: the variable EQL_DATA); workers: processes that
     make batches, 0 to make them on the device; micro_batch: images per forward where
     the batch does not fit, 0 for all; checkpoint_every: in iterations; keep:
-    checkpoints to keep; tensorboard: write event files; compile: a classifier's network
-    by torch.compile, a minute that pays off in long runs on a GPU; minutes: stop after
-    them as Ctrl-C does, 0 for never. Raises ValueError for numbers below their least.
+    checkpoints to keep; tensorboard: write event files; minutes: stop after them as
+    Ctrl-C does, 0 for never. Raises ValueError for numbers below their least.
     """
 
     data: str | None = None
@@ -179,7 +177,6 @@ class Options:
     checkpoint_every: int = 100
     keep: int = 1
     tensorboard: bool = False
-    compile: bool = False
     minutes: float = 0
 
     def __post_init__(self) -> None:
@@ -336,8 +333,6 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
     """Accelerate's Accelerator for these runs, once they are known to be sound."""
     module = require("accelerate")
     check_runs(runs)
-    if options.compile and runs[0][0].data not in CLASSIFIED:
-        raise ValueError(f"compile: {runs[0][0].name} trains no classifier of images")
     bf16 = runs[0][0].precision == "bf16"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     trackers = {"log_with": "tensorboard"} if options.tensorboard else {}
@@ -354,19 +349,12 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
 
 # %% ../nbs/14_training.ipynb #8b77480f
 def open_lane(
-    recipe: Recipe,
-    seed: int,
-    folder: Path,
-    task: Any,
-    accelerator: Any,
-    compiled: bool = False,
+    recipe: Recipe, seed: int, folder: Path, task: Any, accelerator: Any
 ) -> Lane:
     """A lane continued from its checkpoint where there is one."""
     lane = build_lane(recipe, seed, folder, task, accelerator)
     lane.source = run_source(recipe)
     load_checkpoint(lane, accelerator)
-    if compiled:
-        compile_network(lane, accelerator)
     return lane
 
 
@@ -416,7 +404,7 @@ def train(
             open_folder(folder, *run, force and accelerator.is_main_process)
         task, lanes = TASKS[runs[0][0].data](runs[0][0], options.data), []
     for folder, run in zip(folders, runs, strict=True):
-        lanes.append(open_lane(*run, folder, task, accelerator, options.compile))
+        lanes.append(open_lane(*run, folder, task, accelerator))
         write_start(lanes[-1], options, accelerator)
         bar.update(images_in(run[0], lanes[-1].iteration))
     with lost_process(accelerator.num_processes):
