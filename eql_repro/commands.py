@@ -102,8 +102,8 @@ CASES = {
     "images": "bench_images",
     "accuracy": "bench_images",
     "detector": "bench_detect",
-    "evaluation": "bench_detect",
     "scenes_rate": "bench_detect",
+    "evaluation": "bench_evaluation",
 }
 
 # %% ../nbs/17_commands.ipynb #b608f3ab
