@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_tasks', 'detectors', 'made_batch', 'train_task', 'postprocess_tasks', 'detector', 'per_second', 'scenes_rate']
 
-# %% ../nbs/17_bench_detect.ipynb #fced2383
+# %% ../nbs/17_bench_detect.ipynb #97f8e74b
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +18,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_on_boxes
 
 from .bench import Task, compare, seconds
+from .classify import build_loss
 from .detect import build_detection_model, pairs
 from .detector import mask_rcnn
 from .recipes import RECIPES
@@ -46,11 +47,11 @@ def mask_tasks(
 
     return {"ours": ours, "torchvision": theirs}
 
-# %% ../nbs/17_bench_detect.ipynb #2b34777c
+# %% ../nbs/17_bench_detect.ipynb #e4afa0a9
 def detectors(
     classes: int, size: int, backbone: str, device: torch.device
 ) -> dict[str, nn.Module]:
-    """Ours and torchvision's Mask R-CNN from scratch, a mask for each class."""
+    """Ours and torchvision's Mask R-CNN, a mask for each class, from the same start."""
     options = {"backbone": backbone, "min_size": size, "max_size": 2 * size}
     options |= {"class_agnostic_mask": False, "score_threshold": 1e-4}
     ours, twin = (
@@ -61,24 +62,27 @@ def detectors(
         rpn_anchor_generator=twin.rpn.anchor_generator, box_score_thresh=1e-4,
         box_detections_per_img=300,
     )  # fmt: skip
+    same, own = ours.state_dict(), theirs.state_dict()
+    same = {k: v for k, v in same.items() if k in own and v.shape == own[k].shape}
+    theirs.load_state_dict(same, strict=False)  # all but the last layers' classes
     both = {"ours": ours, "torchvision": theirs}
     return {name: model.to(device) for name, model in both.items()}
 
-# %% ../nbs/17_bench_detect.ipynb #35de6cc3
+# %% ../nbs/17_bench_detect.ipynb #367ae4e9
 def made_batch(
-    images: int, height: int, width: int, classes: int, device: torch.device
+    objects: int, height: int, width: int, classes: int, device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images of noise with ten square objects each."""
+    """Two images of noise with square objects each."""
     draw = torch.Generator().manual_seed(0)
     batch, side = ([], []), height / 5
-    for _ in range(images):
+    for _ in range(2):
         spread = torch.tensor([width - side, height - side])
-        corner = torch.rand(10, 2, generator=draw) * spread
+        corner = torch.rand(objects, 2, generator=draw) * spread
         boxes = torch.cat([corner, corner + side], 1)
-        masks = torch.zeros(10, height, width, dtype=torch.uint8)
+        masks = torch.zeros(objects, height, width, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y1:y2, x1:x2] = 1
-        labels = torch.randint(1, classes, (10,), generator=draw)
+        labels = torch.randint(1, classes, (objects,), generator=draw)
         target = {"boxes": boxes, "masks": masks, "labels": labels}
         batch[1].append({k: v.to(device) for k, v in target.items()})
         batch[0].append(torch.rand(3, height, width, generator=draw).to(device))
@@ -125,23 +129,27 @@ def postprocess_tasks(
 
     return {"ours": ours, "torchvision": theirs}
 
-# %% ../nbs/17_bench_detect.ipynb #92576812
+# %% ../nbs/17_bench_detect.ipynb #1d6fc154
+_SIZES = {(320, 320, 10): 1.0, (320, 320, 128): 3.0, (800, 1066, 10): 1.0}
+
+
 def _step_rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
-    """A step at 320 px and at 800 × 1,066 px; on a GPU in bf16 too."""
+    """A step with few objects and with 128 an image; on a GPU in bf16 too."""
     rows, classes = [], 30 if small else 1230
     backbone = "resnet18" if small else "resnet50"
-    for height, width in [(64, 96)] if small else [(320, 320), (800, 1066)]:
-        batch = made_batch(2, height, width, classes, device)
+    sizes = {(64, 96, 10): 1.0} if small else _SIZES
+    for (height, width, objects), goal in sizes.items():
+        batch = made_batch(objects, height, width, classes, device)
         for bf16 in (False, True) if device.type == "cuda" else (False,):
             model = detectors(classes, height, backbone, device)
             task = {k: train_task(m, *batch, bf16) for k, m in model.items()}
-            size = f"{backbone}, 2 images of {height} × {width}" + ", bf16" * bf16
-            rounds = 1 if small else 3
-            rows.append(compare("training step", size, task, device, rounds=rounds))
-            rows[-1]["goal"] = 3.0
+            size = f"{backbone}, {height} × {width}, {objects} objects an image"
+            size += ", bf16" * bf16
+            row = compare("training step", size, task, device, rounds=1 if small else 3)
+            rows.append(row | {"goal": goal})
     return rows
 
-# %% ../nbs/17_bench_detect.ipynb #7271b9ef
+# %% ../nbs/17_bench_detect.ipynb #6a2af1c4
 def detector(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
     """Case: mask head, training step and post-processing at 1,230 classes."""
     regions, classes = (16, 30) if small else (256, 1230)
@@ -149,6 +157,10 @@ def detector(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
     size = f"{regions} regions, {classes:,} classes"
     how = partial(compare, device=device, rounds=rounds)
     rows = [how("mask head", size, mask_tasks(regions, classes, device), goal=3.0)]
+    added = rows[0]["megabytes"]
+    if None not in added.values():
+        saved = added["torchvision"] - added["ours"]
+        rows[0] |= {"megabytes_saved": round(saved, 1), "goal_megabytes": 900}
     task = postprocess_tasks(model, 4 * regions, classes, device)
     size = f"{4 * regions:,} regions, {classes:,} classes"
     rows.append(how("post-processing", size, task, goal=20.0))
@@ -165,33 +177,48 @@ def per_second(work: Callable[[int], object], count: int, rounds: int = 3) -> fl
         best = min(best, time.process_time() - start)
     return count / max(best, 1e-9)
 
-# %% ../nbs/17_bench_detect.ipynb #761863d2
-def _step_rate(batch: int, device: torch.device, steps: int = 10) -> float:
-    """Images a second of a training step of `scenes_lvis_sigmoid`, data at hand."""
-    recipe = RECIPES["scenes_lvis_sigmoid"]
-    loss = SoftmaxCrossEntropy()
+# %% ../nbs/17_bench_detect.ipynb #8d9e65a8
+def _step_rate(name: str, batch: int, device: torch.device, steps: int = 10) -> float:
+    """Images a second of a recipe's detector and loss in training, data at hand."""
+    recipe = RECIPES[name]
+    scenes = Scenes(recipe.profile)
+    loss = build_loss(recipe, scenes.frequency)
     model = build_detection_model(recipe, 0, loss).to(device)
-    images, targets = pairs([Scenes("lvis")[i] for i in range(batch)])
+    images, targets = pairs([scenes[i] for i in range(batch)])
     images = [x.to(device) for x in images]
     targets = [{k: v.to(device) for k, v in t.items()} for t in targets]
     task = train_task(model, images, targets, bf16=device.type == "cuda")
-    for _ in range(3):
-        task()
+    seconds(task, device, min(3, steps))
     return batch / seconds(task, device, steps)
 
-# %% ../nbs/17_bench_detect.ipynb #cd576f0a
-def _loader_rate(workers: int, batches: int = 40) -> float:
-    """Scenes a second of a DataLoader, the first batches aside."""
+# %% ../nbs/17_bench_detect.ipynb #41d1a894
+def _loader_rate(profile: str, batch: int, workers: int, batches: int = 40) -> float:
+    """Scenes a second of a DataLoader, the batches made ahead aside."""
     options = {"num_workers": workers, "collate_fn": pairs, "shuffle": True}
-    found = iter(DataLoader(Scenes("lvis"), 32, prefetch_factor=4, **options))
+    found = iter(DataLoader(Scenes(profile), batch, prefetch_factor=4, **options))
     for _ in range(4 * workers):
         next(found)
     start = time.perf_counter()
     for _ in range(batches):
         next(found)
-    return 32 * batches / (time.perf_counter() - start)
+    return batch * batches / (time.perf_counter() - start)
 
-# %% ../nbs/17_bench_detect.ipynb #e5e48fdb
+# %% ../nbs/17_bench_detect.ipynb #21b6966a
+def _loading(device: torch.device, small: bool) -> dict[str, Any]:
+    """Scenes a second over processes; on a GPU, beside those of a training step."""
+    gpu, name = device.type == "cuda", "scenes_lvis_sigmoid"
+    workers, profile, batch, steps = (4, 8, 16) if gpu else (1, 2), "lvis", 32, 10
+    if small:
+        name, profile = "pocket_r18_sigmoid", "pocket"
+        workers, batch, steps = (1,), 2, 1
+    rate = {n: _loader_rate(profile, batch, n, 4 * steps) for n in workers}
+    row = {"what": "loading", "size": f"{profile} scenes, batches of {batch}"}
+    row["loader_per_second"] = {f"{n} workers": r for n, r in rate.items()}
+    if gpu or small:  # full size takes minutes on a CPU
+        row["step_per_second"] = _step_rate(name, batch, device, steps)
+    return row
+
+# %% ../nbs/17_bench_detect.ipynb #0cca2215
 def scenes_rate(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
     """Case: scenes a second and core; on a GPU, loaders against a training step."""
     threads, rows = torch.get_num_threads(), []
@@ -204,8 +231,4 @@ def scenes_rate(device: torch.device, small: bool = False) -> list[dict[str, Any
         row = {"what": f"{profile} scenes", "size": f"{size} px", "per_second": rate}
         rows.append(row | ({"goal": 300} if (profile, size) == forms[1] else {}))
     torch.set_num_threads(threads)
-    if device.type == "cuda" and not small:
-        rate = {f"{n} workers": _loader_rate(n) for n in (4, 8, 16)}
-        rate["step"] = _step_rate(32, device)
-        rows.append({"what": "loading and training", "per_second": rate})
-    return rows
+    return [*rows, _loading(device, small)]

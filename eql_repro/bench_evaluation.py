@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SIDES', 'made_files', 'side_by_process', 'evaluation']
 
-# %% ../nbs/17_bench_evaluation.ipynb #c8d2bf9f
+# %% ../nbs/17_bench_evaluation.ipynb #e0465b32
 import json
 import logging
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from .bench import exponent
+from .bench import _resident, exponent
 from .metrics import evaluate_lvis
 
 # %% ../nbs/17_bench_evaluation.ipynb #b54a9896
@@ -63,7 +63,7 @@ def made_files(
         path.write_text(json.dumps(content))
     return paths
 
-# %% ../nbs/17_bench_evaluation.ipynb #ce5559e6
+# %% ../nbs/17_bench_evaluation.ipynb #1cd74332
 def _lvis(truth: str, detections: str) -> dict[str, float]:
     from lvis import LVIS, LVISEval, LVISResults
 
@@ -81,10 +81,14 @@ def _ours(truth: str, detections: str) -> dict[str, float]:
 
 
 SIDES = {"ours": _ours, "lvis": _lvis}
+_ENGINES = {"ours": "hotcoco", "lvis": "lvis"}
 
-# %% ../nbs/17_bench_evaluation.ipynb #cbe91d1d
+# %% ../nbs/17_bench_evaluation.ipynb #28e877ec
 def side_by_process(side: str, truth: Path, detections: Path) -> dict[str, Any]:
-    """Seconds, peak megabytes and results of one side in a fresh process."""
+    """Seconds, peak megabytes and results of one side in a fresh process; on Linux.
+
+    Raises RuntimeError with the end of its messages where the process fails.
+    """
     command = [sys.executable, "-m", "eql_repro.bench_evaluation", side]
     command += [str(truth), str(detections)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -94,12 +98,13 @@ def side_by_process(side: str, truth: Path, detections: Path) -> dict[str, Any]:
 
 
 def _child(side: str, truth: str, detections: str) -> None:
+    import_module(_ENGINES[side])
     start = time.perf_counter()
     results = SIDES[side](truth, detections)
     text = json.dumps(results)
     Path(detections).with_name(f"{side}.json").write_text(text)
     row = {"seconds": time.perf_counter() - start, "results": results}
-    row["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    row["megabytes"] = _resident("VmHWM") / 1e6
     print(json.dumps(row))
 
 # %% ../nbs/17_bench_evaluation.ipynb #d41ca5e3

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-# %% ../nbs/17_bench_images.ipynb #938bfe63
+# %% ../nbs/17_bench_images.ipynb #908acde6
 from .bench import Task, compare
 from eql_repro.classify import (
     Classification,
@@ -31,7 +31,7 @@ from eql_repro.classify import (
     scores_of,
 )
 from .images import STATISTICS, ImageSet, normalize
-from .lanes import Lane, build_lane, learning_rate, step
+from .lanes import build_lane, learning_rate, step
 from .longtail import ClassFrequency, exponential_counts, require
 from .metrics import top_k
 from .recipe import Recipe
@@ -126,7 +126,7 @@ class Usual:
         self.optimizer.step()
         self.iteration += 1
 
-# %% ../nbs/17_bench_images.ipynb #5f712c55
+# %% ../nbs/17_bench_images.ipynb #5d3958aa
 class Noise(Classification):
     """The task of chapter 14 on noise."""
 
@@ -135,26 +135,21 @@ class Noise(Classification):
         self.frequency, self.statistics = ClassFrequency(data.counts), STATISTICS
 
 
-def _compile(lane: Lane) -> None:
-    """The network by torch.compile, but its last layer, at which the meter looks."""
-    body = lane.model.body
-    body.forward = torch.compile(body.forward)
-
-# %% ../nbs/17_bench_images.ipynb #cc2fbb71
 class Ours:
-    """Runs side by side on `data`, on accelerate's device; call it for a step."""
+    """Runs side by side on `data`; call it for a step of each.
+
+    workers: processes that augment ahead, 0 to augment on the device.
+    """
 
     def __init__(
         self, recipe: Recipe, runs: int, data: ImageSet, device: torch.device,
-        compiled: bool = False,
+        workers: int = 0,
     ) -> None:  # fmt: skip
         cpu = device.type == "cpu"
         self.accelerator, task = require("accelerate").Accelerator(cpu=cpu), Noise(data)
         parts = Path(), task, self.accelerator
         self.lanes = [build_lane(recipe, seed, *parts) for seed in range(runs)]
-        for lane in self.lanes if compiled else ():
-            _compile(lane)
-        self.batches = batch_stream(self.lanes, self.accelerator)
+        self.batches = batch_stream(self.lanes, self.accelerator, workers)
         bf16 = recipe.precision == "bf16"
         self.cast = lambda: torch.autocast(device.type, torch.bfloat16, bf16)
 
@@ -204,11 +199,11 @@ def rates(
     more["ratio"] = rate["ours"] / rate["usual"]
     return row | {"per_second": rate} | more
 
-# %% ../nbs/17_bench_images.ipynb #22fd7b88
+# %% ../nbs/17_bench_images.ipynb #95791085
 _SMALL = Recipe("small", network="resnet8", batch=16)
-_GPU = {"one run": (1, False), "three runs": (3, False), "one run, compiled": (1, True)}
-_GPU |= {"three runs, compiled": (3, True)}
-_CPU = {"one run": (1, False), "two runs": (2, False)}
+_GPU = {"one run": (1, 0), "three runs": (3, 0)}
+_GPU |= {f"{k}, workers": (runs, 1) for k, (runs, _) in _GPU.items()}
+_CPU = {"one run": (1, 0), "two runs": (2, 0)}
 
 
 def images(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
@@ -222,8 +217,8 @@ def images(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
         recipe = replace(base, precision=precision)
         workers, usual = best_workers(recipe, data, device, choices)
         forms = list((_GPU if gpu else _CPU).items())
-        for what, (runs, compiled) in forms if precision == "fp32" else forms[-1:]:
-            ours = Ours(recipe, runs, data, device, compiled)
+        for what, (runs, ahead) in forms if precision == "fp32" else forms[-1:]:
+            ours = Ours(recipe, runs, data, device, ahead * max(cores - 2, 1))
             more = {"workers": workers, "goal": 10.0 if gpu else 1.5}
             more |= {"steps": steps, "rounds": rounds}
             rows.append(rates(what, ours, usual, precision, device, **more))
