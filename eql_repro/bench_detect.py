@@ -26,7 +26,7 @@ from .regions import class_masks, mask_loss
 from .rivals import SoftmaxCrossEntropy
 from .scenes import Scenes
 
-# %% ../nbs/17_bench_detect.ipynb #f75b675e
+# %% ../nbs/17_bench_detect.ipynb #62908c9a
 def mask_tasks(
     regions: int, classes: int, device: torch.device, side: int = 28
 ) -> dict[str, Task]:
@@ -38,12 +38,16 @@ def mask_tasks(
     truth = torch.ones(regions, 32, 32, device=device)
     index = torch.arange(regions, device=device)
 
-    def ours() -> None:
+    def ours() -> Tensor:
         goals = project_masks_on_boxes(truth, boxes, index, side)
-        mask_loss(class_masks(x, last.weight, last.bias, labels), goals).backward()
+        loss = mask_loss(class_masks(x, last.weight, last.bias, labels), goals)
+        loss.backward()
+        return loss.detach()
 
-    def theirs() -> None:
-        maskrcnn_loss(last(x), [boxes], [truth], [labels], [index]).backward()
+    def theirs() -> Tensor:
+        loss = maskrcnn_loss(last(x), [boxes], [truth], [labels], [index])
+        loss.backward()
+        return loss.detach()
 
     return {"ours": ours, "torchvision": theirs}
 

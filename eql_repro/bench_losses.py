@@ -20,13 +20,15 @@ from .eql import EqualizationLoss
 from .gradients import GradientMeter
 from .seql import SoftmaxEqualizationLoss
 
-# %% ../nbs/17_bench_losses.ipynb #c3762ab3
+# %% ../nbs/17_bench_losses.ipynb #60935271
 def gradient_task(loss: Callable[[Tensor], Tensor], z: Tensor) -> Task:
-    """A task that fills the gradient of the logits z [N, C], which need one."""
+    """A task that fills the gradient of the logits z [N, C] and returns the loss."""
 
-    def task() -> None:
+    def task() -> Tensor:
         z.grad = None
-        loss(z).backward()
+        value = loss(z)
+        value.backward()
+        return value.detach()
 
     return task
 
