@@ -51,20 +51,21 @@ def mask_tasks(
 
     return {"ours": ours, "torchvision": theirs}
 
-# %% ../nbs/17_bench_detect.ipynb #e4afa0a9
+# %% ../nbs/17_bench_detect.ipynb #f3b12a36
 def detectors(
-    classes: int, size: int, backbone: str, device: torch.device
+    classes: int, size: int, backbone: str, device: torch.device, regions: int = 512
 ) -> dict[str, nn.Module]:
     """Ours and torchvision's Mask R-CNN, a mask for each class, from the same start."""
     options = {"backbone": backbone, "min_size": size, "max_size": 2 * size}
     options |= {"class_agnostic_mask": False, "score_threshold": 1e-4}
+    options |= {"regions": regions}
     ours, twin = (
         mask_rcnn(classes, SoftmaxCrossEntropy(), **options) for _ in range(2)
     )
     theirs = MaskRCNN(
         twin.backbone, classes + 1, min_size=size, max_size=2 * size,
         rpn_anchor_generator=twin.rpn.anchor_generator, box_score_thresh=1e-4,
-        box_detections_per_img=300,
+        box_detections_per_img=300, box_batch_size_per_image=regions,
     )  # fmt: skip
     same, own = ours.state_dict(), theirs.state_dict()
     same = {k: v for k, v in same.items() if k in own and v.shape == own[k].shape}
@@ -133,7 +134,7 @@ def postprocess_tasks(
 
     return {"ours": ours, "torchvision": theirs}
 
-# %% ../nbs/17_bench_detect.ipynb #1d6fc154
+# %% ../nbs/17_bench_detect.ipynb #82032be7
 _SIZES = {(320, 320, 10): 1.0, (320, 320, 128): 3.0, (800, 1066, 10): 1.0}
 
 
@@ -145,7 +146,7 @@ def _step_rows(device: torch.device, small: bool) -> list[dict[str, Any]]:
     for (height, width, objects), goal in sizes.items():
         batch = made_batch(objects, height, width, classes, device)
         for bf16 in (False, True) if device.type == "cuda" else (False,):
-            model = detectors(classes, height, backbone, device)
+            model = detectors(classes, height, backbone, device, 32 if small else 512)
             task = {k: train_task(m, *batch, bf16) for k, m in model.items()}
             size = f"{backbone}, {height} × {width}, {objects} objects an image"
             size += ", bf16" * bf16
