@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Task', 'Case', 'seconds', 'in_turn', 'added_bytes', 'compare', 'speed_file', 'write_speed', 'load_speed', 'exponent']
 
-# %% ../nbs/17_bench.ipynb #b23ac8f2
+# %% ../nbs/17_bench.ipynb #a1c507c6
+import contextlib
+import ctypes
 import gc
 import json
 import re
@@ -63,7 +65,7 @@ def in_turn(
             found[name].append(seconds(task, device, calls[name]))
     return found
 
-# %% ../nbs/17_bench.ipynb #bcd2cd91
+# %% ../nbs/17_bench.ipynb #0ca6369c
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -72,9 +74,16 @@ def _resident(field: str) -> int:
     return 1024 * int(found.group(1))
 
 
+def _give_back() -> None:
+    """What is freed goes back to the system, else a call may seem to need nothing."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def added_bytes(task: Task, device: torch.device) -> int | None:
     """Largest memory during one call above that before it; None if not known."""
-    gc.collect()
+    _give_back()
     if device.type == "cuda":
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
