@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOG_EVERY', 'SHARED', 'log', 'watch', 'thin', 'metered', 'images_in', 'speed', 'build_record', 'finish', 'load_run',
            'Options', 'check_runs', 'run_folder', 'open_folder', 'Interrupted', 'stop_signals', 'should_stop',
-           'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'write_start', 'lost_process', 'train']
+           'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'devices_of', 'write_start', 'lost_process',
+           'train']
 
 # %% ../nbs/14_training.ipynb #e2f7880b
 import json
@@ -127,9 +128,10 @@ def build_record(lane: Lane, results: dict, device: torch.device) -> dict[str, A
         "lr": [learning_rate(lane.recipe, t - 1) for t, _ in history],
         "evaluations": lane.evaluations,
     }
-    ran = {"device": device_name(device), "minutes": round(lane.minutes, 2)}
-    ran |= {"source": lane.source, "speed": speed(lane, device)}
     start = json.loads((lane.folder / "run.json").read_text(encoding="utf-8"))
+    ran = {"device": ", then ".join(start["devices"])}
+    ran |= {"minutes": round(lane.minutes, 2)}
+    ran |= {"source": lane.source, "speed": speed(lane, device)}
     what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
     what |= {"iterations": lane.iteration, "calibration": {}}
     return what | ran | results | {"curves": curves} | start["provenance"]
@@ -358,11 +360,20 @@ def open_lane(
     return lane
 
 
+def devices_of(folder: Path, device: torch.device) -> list[str]:
+    """The devices a run was started on so far, in order; this one is the last."""
+    path, now = folder / "run.json", device_name(device)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = known.get("devices", [])
+    return before if before[-1:] == [now] else [*before, now]
+
+
 def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
-    """Write `run.json`: what is run, how, and by which code; on the main process."""
+    """Write `run.json`: what is run, how, where, by which code; on the main process."""
     if accelerator.is_main_process:
         lane.folder.mkdir(parents=True, exist_ok=True)
         what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
+        what |= {"devices": devices_of(lane.folder, accelerator.device)}
         what |= {"options": asdict(options), "names": lane.task.frequency.names}
         write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
