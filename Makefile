@@ -1,10 +1,11 @@
 # Two commands, each from a clean clone:
 #   make run    the losses on the embedded data, in a few minutes
 #   make test   every notebook and every test
-# Another Python: make run PYTHON=python3.12
+# Another Python: make run PYTHON=python3.12; more processes: make test JOBS=8
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
 BIN := .venv/bin
 INPUTS := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 SOURCES := docs nbs tests tools setup.py
@@ -19,7 +20,7 @@ run: .venv/.run-installed ## the losses on the embedded data
 	$(BIN)/eql quickstart
 
 test: .venv/.dev-installed ## every notebook and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 check: .venv/.dev-installed ## the rules of the notebooks
 	$(BIN)/python tools/check_notebooks.py

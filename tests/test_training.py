@@ -26,18 +26,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["eql_repro.training", "eql_repro.crops", "accelerate"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def child(out: str, workers: int, die_in_save: int = 0) -> None:
     """Train TINY with a checkpoint every 2 iterations; die in the middle of a save."""
     multiprocessing.set_start_method("fork", force=True)  # workers die with the run
-    torch.set_num_threads(2)
     save, count = torch.save, 0
 
     def cut(state, path):

@@ -39,7 +39,7 @@ MEMORY = ROOT / ".executed.json"
 DECISIVE = ("torch", "torchvision", "numpy", "matplotlib", "pandas")
 READERS = {"records", "figures"}  # the modules that read records/ and paper/
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONHASHSEED": "0",
@@ -52,7 +52,7 @@ ENVIRONMENT = {
 def execute(path: Path, timeout: int = 600) -> dict:
     """Run a notebook in its own folder; return it clean, with new outputs.
 
-    The kernel sees two threads, no GPU and no EQL_DATA, so that every machine
+    The kernel sees one thread, no GPU and no EQL_DATA, so that every machine
     shows the same. A cell with `#| eval: false` is left alone.
     """
     nb = nbformat.read(path, as_version=4)
