@@ -18,7 +18,7 @@ from .bench import Task, compare, exponent, in_turn
 from .classifier import classifier
 from .eql import EqualizationLoss
 from .gradients import GradientMeter
-from .seql import SoftmaxEqualizationLoss
+from .seql import SoftmaxEqualizationLoss, draw_beta
 
 # %% ../nbs/17_bench_losses.ipynb #60935271
 def gradient_task(loss: Callable[[Tensor], Tensor], z: Tensor) -> Task:
@@ -76,7 +76,7 @@ def loss_tasks(n: int, c: int, device: torch.device) -> dict[str, Task]:
         "SEQL": lambda z: seql(z, labels % c),
         "cross-entropy": lambda z: F.cross_entropy(z, labels % c),
     }
-    draw = {"draw of β": lambda: torch.rand(n, c, device=device) < 0.95}
+    draw = {"draw of β": lambda: draw_beta(z, 0.95)}
     return {name: gradient_task(loss, z) for name, loss in losses.items()} | draw
 
 # %% ../nbs/17_bench_losses.ipynb #6b86d6a2

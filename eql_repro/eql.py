@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels import eql_sum, fills_a_block
 from .longtail import ClassFrequency, _real, tail_of
 
 # %% ../nbs/03_eql.ipynb #821ea9dc
@@ -103,63 +104,6 @@ def _terms(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
     w = equalization_weights(y, tail, exclude_background=e_r)
     return F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
 
-# %% ../nbs/03_eql.ipynb #5c9e27d1
-_BLOCK = 2**18  # logits at a time: a megabyte, which a processor's cache holds
-
-
-def _rows_at_once(z: Tensor) -> int:
-    """How many rows of z to take at a time: all of them on an accelerator."""
-    return max(1, _BLOCK // z.shape[1]) if z.device.type == "cpu" else len(z)
-
-
-def _blocks(z: Tensor, target: Tensor, tail: Tensor, e_r: bool):
-    """Yield z, the own class c, whether there is one, E(r) and T, a few rows each."""
-    has = ((target >= 0) & (target < z.shape[1]))[:, None]
-    own = torch.where(has, target[:, None], 0)
-    e = (has if e_r else torch.ones_like(has)).to(z.dtype)
-    rows = (z, own, has, e, tail.to(z.dtype).expand_as(z))
-    return zip(*(x.split(_rows_at_once(z)) for x in rows), strict=True)
-
-# %% ../nbs/03_eql.ipynb #a4790e62
-def _put(x: Tensor, own: Tensor, has: Tensor, value: Tensor) -> Tensor:
-    """Write a value to the own class of each row of x that has one."""
-    return x.scatter_(1, own, torch.where(has, value, x.gather(1, own)))
-
-# %% ../nbs/03_eql.ipynb #b26d481f
-class _SumOfTerms(torch.autograd.Function):
-    """Sum of Eq. 6-7 from labels; forward-mode derivatives need `_terms`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
-        total = torch.zeros_like(z[0, 0])
-        for x, own, has, e, t in _blocks(z, target, tail, e_r):
-            s = F.softplus(x, threshold=40).mul_(1 - e * t)  # x itself above 40
-            total = total + _put(s, own, has, -F.logsigmoid(x.gather(1, own))).sum()
-        return total
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.e_r = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, target, tail = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            y = _one_hot(target, z)
-            w = equalization_weights(y, tail, exclude_background=ctx.e_r)
-            return grad * w * (z.sigmoid() - y), None, None, None
-        dz = torch.empty_like(z)
-        blocks = _blocks(z, target, tail, ctx.e_r)
-        for d, (x, own, has, e, t) in zip(
-            dz.split(_rows_at_once(z)), blocks, strict=True
-        ):
-            d.copy_(x).sigmoid_().mul_(grad - grad * e * t)
-            _put(d, own, has, (x.gather(1, own).sigmoid() - 1) * grad)
-        return dz, None, None, None
-
 # %% ../nbs/03_eql.ipynb #f5d38526
 def equalization_loss(
     logits: Tensor,
@@ -182,12 +126,11 @@ def equalization_loss(
     _check_shapes(logits, tail)
     z = _wide(logits)
     lean = reduction in ("mean", "sum") and target.dtype == torch.int64
-    lean = lean and not tail.requires_grad and not torch.compiler.is_compiling()
-    if not lean or z.numel() < _BLOCK:
+    if not lean or tail.requires_grad or not fills_a_block(z):
         return _reduce(_terms(z, target, tail, exclude_background), reduction)
     _check_target(target, z)
-    total = _SumOfTerms.apply(z, target, tail, exclude_background)
-    return total / len(z) if reduction == "mean" else total
+    scale = 1 / len(z) if reduction == "mean" else 1.0
+    return eql_sum(z, target, tail, exclude_background=exclude_background, scale=scale)
 
 # %% ../nbs/03_eql.ipynb #cd54bffa
 class EqualizationLoss(nn.Module):

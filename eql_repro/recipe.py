@@ -159,4 +159,4 @@ def _words(value: Any) -> Iterator[str]:
 def run_source(recipe: Recipe) -> str:
     """Hash of the code that decides the numbers of a recipe's run, 12 hex digits."""
     words = frozenset(_words(tuple(asdict(recipe).values())))
-    return source_hash(_ROOTS, words, stop=("recipe", "provenance"))
+    return source_hash(_ROOTS, words, stop=("recipe", "provenance", "kernels"))

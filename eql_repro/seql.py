@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .eql import _check_range, _check_shapes, _reduce, _wide
+from .kernels import draw_many, fills_a_block, seql_sum
 from .longtail import ClassFrequency, _real, tail_of
 
 # %% ../nbs/04_seql.ipynb #f1db34cf
@@ -45,6 +46,8 @@ def draw_beta(
     if generator is not None and generator.device.type != logits.device.type:
         where = f"{generator.device}, logits on {logits.device}"
         raise ValueError(f"generator must be on the device of logits, got {where}")
+    if logits.device.type == "cpu" and fills_a_block(logits) and not per_sample:
+        return draw_many(*logits.shape, gamma, generator)
     shape = (logits.shape[0], 1 if per_sample else logits.shape[1])
     options = {"dtype": torch.float32, "device": logits.device}
     if generator is not None:  # the overload with a generator takes no symbolic shape
@@ -62,16 +65,21 @@ def _check_labels(target: Tensor, logits: Tensor) -> None:
     _check_range(target, "target", 0, c - 1)
 
 # %% ../nbs/04_seql.ipynb #78a86a6b
+def _ignored(target: Tensor, tail: Tensor, beta: Tensor) -> Tensor:
+    """Where `denominator_weights` are 0, bool [N, C]; for a tail of yes and no."""
+    return (beta & tail).scatter_(1, target[:, None], False)
+
+
 def _log_weights(
     target: Tensor, tail: Tensor, beta: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Logarithm of `denominator_weights`, without one for a tail of yes and no."""
     if tail.dtype != torch.bool:
         return denominator_weights(target, tail, beta).to(dtype).log()
-    ignored = (beta & tail).scatter_(1, target[:, None], False)
+    ignored = _ignored(target, tail, beta)
     return torch.zeros_like(ignored, dtype=dtype).masked_fill_(ignored, -torch.inf)
 
-
+# %% ../nbs/04_seql.ipynb #ea2cbf33
 def softmax_equalization_loss(
     logits: Tensor,
     target: Tensor,
@@ -94,7 +102,10 @@ def softmax_equalization_loss(
     _check_shapes(logits, tail)
     _check_labels(target, logits)
     beta = draw_beta(logits, gamma, generator=generator, per_sample=per_sample)
-    z = _wide(logits)
+    z, lean = _wide(logits), reduction in ("mean", "sum") and tail.dtype == torch.bool
+    if lean and z.device.type == "cpu" and fills_a_block(z):
+        scale = 1 / len(z) if reduction == "mean" else 1.0
+        return seql_sum(z, target, _ignored(target, tail, beta), scale=scale)
     z = z + _log_weights(target, tail, beta, z.dtype)
     return _reduce(F.cross_entropy(z, target, reduction="none"), reduction)
 

@@ -1,4 +1,4 @@
-"""What chapters 03 and 04 have no room for: compiling, devices, dtypes and errors."""
+"""What chapters 02 to 04 have no room for: compiling, devices, dtypes and errors."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import eql_repro.eql
+import eql_repro.kernels
 from eql_repro import (
     ClassFrequency,
     EqualizationLoss,
@@ -260,9 +260,15 @@ def test_per_sample_ignores_all_or_none():
 # Numbers
 
 
+@pytest.fixture(params=["formula", "one pass"])
+def either_way(request, monkeypatch):
+    block = {"formula": 2**18, "one pass": 1}[request.param]
+    monkeypatch.setattr(eql_repro.kernels, "BLOCK", block)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("make", [eql, seql])
-def test_half_precision_is_computed_in_float32(make, dtype):
+def test_half_precision_is_computed_in_float32(either_way, make, dtype):
     z, labels = batch(background=False, dtype=dtype)
     leaf = z.clone().requires_grad_()
     torch.manual_seed(0)
@@ -274,7 +280,7 @@ def test_half_precision_is_computed_in_float32(make, dtype):
 
 
 @pytest.mark.parametrize("make", [eql, seql])
-def test_autocast_changes_nothing(make):
+def test_autocast_changes_nothing(either_way, make):
     z, labels = batch(background=False)
     torch.manual_seed(0)
     expected = make()(z, labels)
@@ -289,7 +295,7 @@ def test_autocast_changes_nothing(make):
     [(torch.float32, 1e4), (torch.float16, 6e4), (torch.bfloat16, 6e4)],
 )
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_extreme_logits(make, dtype, size, sign):
+def test_extreme_logits(either_way, make, dtype, size, sign):
     z = torch.full((C, C), -sign * size, dtype=dtype)
     z.fill_diagonal_(sign * size)
     value = make()(z.requires_grad_(), torch.arange(C))
@@ -298,7 +304,7 @@ def test_extreme_logits(make, dtype, size, sign):
 
 
 @pytest.mark.parametrize("low", [-1e4, -1e8, -1e30])
-def test_an_ignored_logit_is_out_however_low_the_target(low):
+def test_an_ignored_logit_is_out_however_low_the_target(either_way, low):
     z = torch.full((1, C), low)
     z[0, :3] = 1e4  # the tail
     value = softmax_equalization_loss(
@@ -315,7 +321,7 @@ def test_an_ignored_logit_is_out_however_low_the_target(low):
 
 @pytest.mark.parametrize("make", [eql, seql])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_no_regions(make, reduction):
+def test_no_regions(either_way, make, reduction):
     z = torch.zeros(0, C, requires_grad=True)
     (z * 1.0).sum().backward()
     value = make(reduction=reduction)(z, torch.zeros(0, dtype=torch.int64))
@@ -337,12 +343,12 @@ def test_lambda_zero_is_the_plain_loss():
         assert torch.equal(plain(z, labels % C), ce.sum() / 64)
 
 
-# The short way: a sum from labels without matrices
+# The short way: a sum and its gradient in one pass
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(eql_repro.eql, "_BLOCK", 3 * C)  # 64 regions: 22 blocks
+    monkeypatch.setattr(eql_repro.kernels, "BLOCK", 3 * C)  # 64 regions: 22 blocks
 
 
 @pytest.mark.parametrize("e_r", [True, False])
@@ -393,6 +399,9 @@ def test_the_gradient_is_the_only_matrix(small_blocks):
         counts.append(sizes.matrices(z))
         z.grad = None
     assert counts[0] == 1 and counts[1] >= 6
+    with Sizes() as sizes:
+        seql()(z, labels % C).backward()
+    assert sizes.matrices(z) == 1
 
 
 def test_second_derivatives(small_blocks):
@@ -400,9 +409,81 @@ def test_second_derivatives(small_blocks):
     z.requires_grad_()
     for loss in (eql(), eql(threshold="gompertz", exclude_background=False)):
         assert torch.autograd.gradgradcheck(lambda z, f=loss: f(z, labels), z)
-    by_func = torch.func.grad(lambda z: eql()(z, labels))(z.detach())
-    eql()(z, labels).backward()
+    own = labels % C
+    for loss in (seql(), seql(per_sample=True)):
+
+        def same_draw(z, loss=loss):
+            torch.manual_seed(0)
+            return loss(z, own)
+
+        assert torch.autograd.gradgradcheck(same_draw, z)
+
+
+@pytest.mark.parametrize("make", [eql, seql])
+def test_function_transforms(small_blocks, make):
+    z, labels = batch(8, background=False, dtype=torch.float64)
+    loss = make(**({"gamma": 1.0} if make is seql else {}))
+    by_func = torch.func.grad(lambda z: loss(z, labels))(z)
+    loss(z.requires_grad_(), labels).backward()
     assert torch.allclose(by_func, z.grad, rtol=1e-14, atol=0)
+    if make is eql:  # a draw of β cannot be mapped
+        many = torch.stack([z.detach(), z.detach() + 1])
+        each = torch.stack([loss(x, labels) for x in many])
+        assert torch.allclose(torch.vmap(lambda z: loss(z, labels))(many), each)
+        mapped = torch.vmap(torch.func.grad(lambda z: loss(z, labels)))(many)
+        assert torch.allclose(mapped[0], z.grad, rtol=1e-14, atol=0)
+        by = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        rows = torch.autograd.grad(loss(z, labels), z, by, is_grads_batched=True)[0]
+        assert torch.allclose(rows, torch.stack([z.grad, -2 * z.grad]))
+
+
+@pytest.mark.parametrize("make", [eql, seql])
+def test_backward_twice_and_scaled(small_blocks, make):
+    """The gradient that is kept is not changed by its use."""
+    z, labels = batch(64, background=False)
+    z.requires_grad_()
+    loss = make()(z, labels)
+    first = torch.autograd.grad(loss, z, retain_graph=True)[0].clone()
+    half = torch.autograd.grad(loss / 2, z, retain_graph=True)[0]
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.equal(half, first / 2) and torch.equal(z.grad, 2 * first)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_softmax_blocks_are_cross_entropy(small_blocks, gamma, per_sample):
+    z, labels = batch(64, background=False, dtype=torch.float64)
+    z = (30 * z).requires_grad_()
+    options = {"gamma": gamma, "per_sample": per_sample}
+    results = []
+    for reduction in ("sum", "none"):  # short, long
+        torch.manual_seed(0)
+        call = softmax_equalization_loss
+        value = call(z, labels, TAIL, reduction=reduction, **options).sum()
+        results.append((value, *torch.autograd.grad(value, z)))
+    assert torch.isclose(results[0][0], results[1][0], rtol=1e-13)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-13, atol=1e-15)
+
+
+def test_logits_that_are_not_contiguous(small_blocks):
+    z, labels = batch(64, background=False)
+    for call in (eql(), seql(gamma=1.0)):
+        grads = []
+        for x in (z, z.t().contiguous().t(), z.repeat(1, 2)[:, :C]):
+            leaf = x.detach().requires_grad_()
+            call(leaf, labels).backward()
+            grads.append(leaf.grad)
+        assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("make", [eql, seql])
+def test_a_nan_shows(small_blocks, make):
+    z, labels = batch(64, background=False)
+    z[40, 5] = torch.nan
+    value = make()(z.requires_grad_(), labels)
+    value.backward()
+    assert value.isnan() and z.grad[40, 5].isnan()
 
 
 def test_a_soft_tail_scales_the_denominator():
