@@ -10,12 +10,10 @@ __all__ = ['top_k', 'class_accuracy', 'class_mean', 'group_accuracy', 'mean_posi
 # %% ../nbs/10_metrics.ipynb #868d2185
 import json
 import math
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from logging import getLogger
-from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .detections import detection_rows, read_detections, row_numbers
 from .instances import decode_mask
 from .longtail import ClassFrequency, image_counts, require
 
@@ -137,22 +136,7 @@ def classification_results(
     }
 
 # %% ../nbs/10_metrics.ipynb #3eef1641
-def _numbers(row: dict, who: str, key: str) -> tuple[float, ...]:
-    """Image, x, y, w, h, `key`, category of a row, or an error that says who lacks."""
-    try:
-        image, category = index(row["image_id"]), index(row["category_id"])
-        x, y, w, h, last = given = [*row["bbox"], row[key]]
-        finite = all(map(math.isfinite, given))
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = f"image_id, category_id, bbox [x, y, w, h] and {key}"
-        raise ValueError(f"{who} must hold {wanted}: {error!r}") from error
-    if not finite:
-        raise ValueError(f"{who} must be finite, got bbox and {key} {given}")
-    return image, float(x), float(y), float(w), float(h), float(last), category
-
-
-def _mask(row: dict, who: str, size: list[int]) -> dict | list:
-    mask = row.get("segmentation")
+def _mask(mask: Any, who: str, size: list[int]) -> dict | list:
     if not mask or not isinstance(mask, (dict, list)):
         raise ValueError(f"{who} must hold segmentation, RLE or polygons, got {mask!r}")
     if isinstance(mask, dict) and [*mask.get("size", ())] != size:
@@ -169,21 +153,6 @@ def _fields(row: dict, kind: str, *names: str) -> dict:
     return {name: row[name] for name in names}
 
 # %% ../nbs/10_metrics.ipynb #aa44968c
-def _rows(source: Any) -> Iterator[dict]:
-    """Rows of a list, of a json list, or of a file of JSON lines."""
-    if not isinstance(source, (str, PathLike)):
-        yield from source
-    elif Path(source).suffix != ".jsonl":
-        yield from json.loads(Path(source).read_text(encoding="utf-8"))
-    else:
-        with open(source, encoding="utf-8") as file:
-            for n, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{source}, line {n}: not JSON: {error}") from None
-
-
 def _source(source: Any) -> dict:
     """The LVIS dict, every id listed and listed once."""
     source = source.to_lvis() if hasattr(source, "to_lvis") else source
@@ -200,9 +169,11 @@ def _annotation(row: dict, sizes: Mapping[int, list], masks: bool) -> dict:
     who = f"ground_truth: annotation {row.get('id')!r}"
     if row.get("iscrowd") or row.get("ignore"):
         raise ValueError(f"{who} is a crowd or to be ignored, which LVIS has not")
-    image, *box, area, category = _numbers(row, who, "area")
+    image, *box, area, category = row_numbers(row, who, "area")
     new = {"image_id": image, "category_id": category, "bbox": box, "area": area}
-    return new | ({"segmentation": _mask(row, who, sizes[image])} if masks else {})
+    if masks:
+        new["segmentation"] = _mask(row.get("segmentation"), who, sizes[image])
+    return new
 
 
 def _read_truth(source: Any, masks: bool) -> dict[str, list[dict]]:
@@ -231,19 +202,17 @@ def _best(table: np.ndarray, limit: int = 300) -> np.ndarray:
 
 
 def _read_detections(source: Any, truth: dict, masks: bool) -> tuple[np.ndarray, list]:
-    """Table float64 [N, 7] as `_numbers` has it, and N masks or none."""
+    """What of `read_detections` is kept; every id and mask fits the ground truth."""
     sizes = {i["id"]: [i.get("height"), i.get("width")] for i in truth["images"]}
-    categories = {category["id"] for category in truth["categories"]}
-    numbers, shapes = array("d"), []
-    for n, row in enumerate(_rows(source)):
-        values = _numbers(row, f"detections: row {n}", "score")
-        if values[0] not in sizes or values[-1] not in categories:
-            ids = f"image_id {values[0]} or category_id {values[-1]}"
-            raise ValueError(f"detections: {ids} of row {n} is not in ground_truth")
-        numbers.extend(values)
-        if masks:
-            shapes.append(_mask(row, f"detections: row {n}", sizes[values[0]]))
-    table = np.array(numbers).reshape(-1, 7)
+    categories = [category["id"] for category in truth["categories"]]
+    table, shapes = read_detections(source, masks)
+    known = np.isin(table[:, 0], [*sizes]) & np.isin(table[:, 6], categories)
+    if not known.all():
+        n = int(known.argmin())
+        ids = f"image_id {table[n, 0]:.0f} or category_id {table[n, 6]:.0f}"
+        raise ValueError(f"detections: {ids} of row {n} is not in ground_truth")
+    for n, (shape, image) in enumerate(zip(shapes, table[:, 0], strict=masks)):
+        _mask(shape, f"detections: row {n}", sizes[image])
     best = _best(table)
     return table[best], [shapes[i] for i in best] if masks else []
 
@@ -411,7 +380,7 @@ class DetectionWriter:
         """Append rows of the LVIS results format; returns how many."""
         lines = []
         for n, row in enumerate(rows):
-            image, *box, score, category = _numbers(
+            image, *box, score, category = row_numbers(
                 row, f"detections: row {n}", "score"
             )
             line = {"image_id": image, "category_id": category}
@@ -437,7 +406,9 @@ def merge_detections(paths: Iterable[str | PathLike], out: str | PathLike) -> in
     seen, kept = set(), 0
     with DetectionWriter(out) as writer:
         for path in paths:
-            for image, block in groupby(_rows(path), lambda row: row.get("image_id")):
+            for image, block in groupby(
+                detection_rows(path), lambda row: row.get("image_id")
+            ):
                 if image not in seen:
                     kept += writer.write(block)
                 seen.add(image)
