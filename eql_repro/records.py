@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .longtail import require
+from .provenance import same_sources
 from .recipe import Recipe, run_source
 from .recipes import RECIPES
 
@@ -91,7 +92,8 @@ class Record:
     versions: of the libraries. commit, source: of the code that ran.
     speed: images a second and peak memory in GB, empty where not measured.
     examples: boxes that a detector found on four images, scores above 0.3.
-    changed: True if the source is another one today; not part of the file.
+    changed: True if today's source is another and was not shown to give the same
+    numbers; not part of the file.
     """
 
     recipe: dict
@@ -210,7 +212,8 @@ def load_records(
     """Records of a recipe, in order of their seeds; an empty list if it never ran.
 
     recipe: a recipe or its name. folder: default `records/` of the project.
-    source: hash of today's source; records of another have `changed` set.
+    source: hash of today's source; records of another have `changed` set, unless it is
+    among the `same_sources` of `same_numbers.csv` in the folder.
     Raises: RecipeChanged naming the fields that differ, ValueError for a bad file.
     """
     recipe = _recipe(recipe)
@@ -225,7 +228,8 @@ def load_records(
             )
     if records and source is None:  # hashing takes time, and most recipes never ran
         source = run_source(recipe)
-    records = [replace(r, changed=r.source != source) for r in records]
+    same = same_sources(recipe.name, source or "", folder / "same_numbers.csv")
+    records = [replace(r, changed=not {*r.source.split("+")} <= same) for r in records]
     return sorted(records, key=lambda r: r.seed)
 
 # %% ../nbs/15_records.ipynb #851ae6f6

@@ -184,7 +184,7 @@ def fingerprint(path: Path, root: Path = ROOT) -> str:
         files.append(file)
         todo |= imported_modules(ast.parse(file.read_text("utf-8")), package)
     if modules & READERS:
-        files += [*root.glob("records/*.json"), *root.glob("paper/*.csv")]
+        files += [*root.glob("records/*.*"), *root.glob("paper/*.csv")]
     parts = ["\n".join(sources), (root / "constraints.txt").read_text("utf-8")]
     parts += [file.name + file.read_text("utf-8") for file in sorted(files)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
