@@ -124,13 +124,14 @@ def equalization_loss(
     Raises ValueError or TypeError naming the argument.
     """
     _check_shapes(logits, tail)
-    z = _wide(logits)
     lean = reduction in ("mean", "sum") and target.dtype == torch.int64
-    if not lean or tail.requires_grad or not fills_a_block(z):
-        return _reduce(_terms(z, target, tail, exclude_background), reduction)
-    _check_target(target, z)
-    scale = 1 / len(z) if reduction == "mean" else 1.0
-    return eql_sum(z, target, tail, exclude_background=exclude_background, scale=scale)
+    if not lean or tail.requires_grad or not fills_a_block(logits):
+        terms = _terms(_wide(logits), target, tail, exclude_background)
+        return _reduce(terms, reduction)
+    _check_target(target, logits)
+    scale = 1 / len(logits) if reduction == "mean" else 1.0
+    options = {"exclude_background": exclude_background, "scale": scale}
+    return eql_sum(logits, target, tail, **options)
 
 # %% ../nbs/03_eql.ipynb #cd54bffa
 class EqualizationLoss(nn.Module):

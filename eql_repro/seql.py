@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .eql import _check_range, _check_shapes, _reduce, _wide
-from .kernels import draw_many, fills_a_block, seql_sum
+from eql_repro.kernels import (
+    draw_many,
+    fills_a_block,
+    in_one_kernel,
+    seql_draw_sum,
+    seql_sum,
+)
 from .longtail import ClassFrequency, _real, tail_of
 
 # %% ../nbs/04_seql.ipynb #f1db34cf
@@ -28,6 +34,14 @@ def denominator_weights(target: Tensor, tail: Tensor, beta: Tensor) -> Tensor:
     return 1 - (beta & other) * _wide(tail)
 
 # %% ../nbs/04_seql.ipynb #e10a898e
+def _check_draw(logits: Tensor, gamma: float, generator: Generator | None) -> float:
+    """Return γ as a float, or raise for it or for a generator elsewhere."""
+    if generator is not None and generator.device.type != logits.device.type:
+        where = f"{generator.device}, logits on {logits.device}"
+        raise ValueError(f"generator must be on the device of logits, got {where}")
+    return _real(gamma, "gamma", high=1)
+
+
 def draw_beta(
     logits: Tensor,
     gamma: float,
@@ -42,10 +56,7 @@ def draw_beta(
     per row instead of one per row and class. Returns bool [N, C], or [N, 1].
     Raises ValueError or TypeError naming the argument.
     """
-    gamma = _real(gamma, "gamma", high=1)
-    if generator is not None and generator.device.type != logits.device.type:
-        where = f"{generator.device}, logits on {logits.device}"
-        raise ValueError(f"generator must be on the device of logits, got {where}")
+    gamma = _check_draw(logits, gamma, generator)
     if logits.device.type == "cpu" and fills_a_block(logits) and not per_sample:
         return draw_many(*logits.shape, gamma, generator)
     shape = (logits.shape[0], 1 if per_sample else logits.shape[1])
@@ -101,11 +112,16 @@ def softmax_equalization_loss(
     """
     _check_shapes(logits, tail)
     _check_labels(target, logits)
+    lean = reduction in ("mean", "sum") and tail.dtype == torch.bool
+    lean = lean and fills_a_block(logits)
+    scale = 1 / len(logits) if lean and reduction == "mean" else 1.0
+    if lean and in_one_kernel(logits) and not per_sample:
+        gamma = _check_draw(logits, gamma, generator)
+        return seql_draw_sum(logits, target, tail, gamma, generator, scale=scale)
     beta = draw_beta(logits, gamma, generator=generator, per_sample=per_sample)
-    z, lean = _wide(logits), reduction in ("mean", "sum") and tail.dtype == torch.bool
-    if lean and z.device.type == "cpu" and fills_a_block(z):
-        scale = 1 / len(z) if reduction == "mean" else 1.0
-        return seql_sum(z, target, _ignored(target, tail, beta), scale=scale)
+    if lean and logits.device.type == "cpu":
+        return seql_sum(logits, target, _ignored(target, tail, beta), scale=scale)
+    z = _wide(logits)
     z = z + _log_weights(target, tail, beta, z.dtype)
     return _reduce(F.cross_entropy(z, target, reduction="none"), reduction)
 
