@@ -30,6 +30,7 @@ SPELLING = {
     "lambda": "λ",
     "gamma": "γ",
     "imagenet": "ImageNet",
+    "triton": "Triton",
     **{word: word.upper() for word in ("eql", "seql", "lvis", "cifar", "cli")},
 }
 COLAB = """\
