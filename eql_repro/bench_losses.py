@@ -7,8 +7,10 @@ __all__ = ['gradient_task', 'released_loss', 'loss_tasks', 'copy_bandwidth', 'co
            'growth']
 
 # %% ../nbs/17_bench_losses.ipynb #75341bc9
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -123,23 +125,33 @@ _PLAIN = {
     ("draw of β", "cross-entropy"): None,
 }
 _COMPILED = {("EQL", "BCE"): 1.0, ("SEQL", "cross-entropy"): 1 / 1.1}
+_TRITON = {("EQL", "BCE, one-hot given"): 1.0, ("SEQL", "cross-entropy"): 1 / 1.1}
+
+# %% ../nbs/17_bench_losses.ipynb #09018b59
+def _on_gpu(n: int, c: int, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of the compiled forms and of Triton's, with the share of a copy's speed."""
+    size, compiled = f"{n:,} × {c:,}", compiled_tasks(n, c, device)
+    floor = 8 * n * c / copy_bandwidth(device)
+    rows = _pairs(compiled, _COMPILED, f"{size}, compiled", device)
+    both = dict([compiled.popitem()])
+    rows.append(compare("loss and gradient", f"{size}, compiled", both, device))
+    with patch.dict(os.environ, EQL_TRITON="1"):
+        tasks = loss_tasks(n, c, device)
+        rows += _pairs(tasks, _TRITON, f"{size}, Triton", device)
+    for row in rows:
+        row["share of copy"] = floor / next(iter(row["seconds"].values()))
+    return rows
 
 # %% ../nbs/17_bench_losses.ipynb #283a8597
 def losses(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
-    """Case: the losses, at 1,024 × 1,230 and 4,096 × 21,841; compiled on a GPU."""
-    rows, speed = [], copy_bandwidth(device) if device.type == "cuda" else None
+    """Case: the losses, at 1,024 × 1,230 and 4,096 × 21,841; on a GPU in all forms."""
+    rows = []
     for n, c in [(64, 30)] if small else [(1024, 1230), (4096, 21841)]:
         size, rounds = f"{n:,} × {c:,}", 1 if small else 5 if n * c > 10**7 else 15
         tasks = loss_tasks(n, c, device)
         rows += _pairs(tasks, _PLAIN, size, device, rounds=rounds)
-        if speed:
-            tasks = compiled_tasks(n, c, device)
-            size, floor = f"{size}, compiled", 8 * n * c / speed
-            rows += _pairs(tasks, _COMPILED, size, device)
-            row = compare("loss and gradient", size, dict([tasks.popitem()]), device)
-            rows.append(row)
-            for row in rows[-3:]:
-                row["share of copy"] = floor / next(iter(row["seconds"].values()))
+        if device.type == "cuda":
+            rows += _on_gpu(n, c, device)
     return rows
 
 # %% ../nbs/17_bench_losses.ipynb #0756e906
