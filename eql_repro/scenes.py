@@ -188,23 +188,47 @@ def plan(profile: str | Profile, split: str = "train", seed: int = 0) -> Plan:
 MIN_VISIBLE, MIN_PIXELS = 0.4, 20  # of an object's own pixels; and at least these
 
 
+class _Sprite(NamedTuple):
+    """A drawing has few colours: a list of them takes new colours fast."""
+
+    colours: np.ndarray  # uint8 [K, 4], premultiplied
+    which: np.ndarray  # uint16 [S, S, 1], the colour of each pixel
+
+
+def _sprite(pixels: np.ndarray) -> _Sprite:
+    """A sprite from its pixels, uint8 [S, S, 4]."""
+    packed = pixels.view("<u4")
+    colours, which = np.unique(packed, return_inverse=True)
+    which = which.reshape(packed.shape).astype(np.uint16)
+    return _Sprite(colours[:, None].view(np.uint8), which)
+
+
 @lru_cache(maxsize=4)
-def _sprites(num: int, side: int) -> tuple[np.ndarray, ...]:
-    """Premultiplied sprites, uint8 [C, S, S, 4], at S = side / 4, side / 2 and side."""
+def _sprites(num: int, side: int) -> tuple[list[_Sprite], ...]:
+    """All sprites at S = side / 4, side / 2 and side."""
     levels = []
     for sprites in sprite_atlas(num, side).split(64):
         x = sprites.float()
         x[:, :3] *= x[:, 3:] / 255
         pooled = [F.avg_pool2d(x, 4), F.avg_pool2d(x, 2), x]
         levels.append([p.round().byte().permute(0, 2, 3, 1) for p in pooled])
-    return tuple(torch.cat(level).numpy() for level in zip(*levels, strict=True))
+    whole = (torch.cat(level).numpy() for level in zip(*levels, strict=True))
+    return tuple([_sprite(pixels) for pixels in level] for level in whole)
 
 
+class _Item(NamedTuple):
+    row: int  # in the scene's cast
+    patch: np.ndarray  # uint8 [H, W, 4]
+    place: tuple[slice, slice]  # where it lies in the image
+    inside: tuple[slice, slice]  # the same pixels in the patch
+    visible: np.ndarray  # bool, of these pixels
+
+# %% ../nbs/09_scenes.ipynb #5bf12360
 def _patch(sprite: np.ndarray, side: float, pose: np.ndarray) -> np.ndarray:
     """A sprite in its own box, uint8 [H, W, 4], from three numbers in [0, 1).
 
-    `sprite`: uint8 [S, S, 4], premultiplied; `side`: of the sprite's frame, in pixels;
-    `pose`: turn, stretch and mirror.
+    `sprite`: uint8 [S, W, 4], premultiplied, the left W columns of a square frame;
+    `side`: of the frame, in pixels; `pose`: turn, stretch and mirror.
     """
     angle, stretch = 1.04 * (pose[0] - 0.5), 1.25 ** (pose[1] - 0.5)
     c, s = math.cos(angle), math.sin(angle)
@@ -217,17 +241,9 @@ def _patch(sprite: np.ndarray, side: float, pose: np.ndarray) -> np.ndarray:
     x, y = (
         len(sprite) / 2 - (p * box[0] + q * box[1]) / 2 for p, q in ((a, b), (d, e))
     )
-    image = Image.frombytes("RGBa", sprite.shape[:2], sprite.tobytes())
+    image = Image.frombytes("RGBa", sprite.shape[1::-1], sprite.tobytes())
     method, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
     return np.asarray(image.transform(box, method, (a, b, x, d, e, y), bilinear))
-
-# %% ../nbs/09_scenes.ipynb #5bf12360
-class _Item(NamedTuple):
-    row: int  # in the scene's cast
-    patch: np.ndarray  # uint8 [H, W, 4]
-    place: tuple[slice, slice]  # where it lies in the image
-    inside: tuple[slice, slice]  # the same pixels in the patch
-    visible: np.ndarray  # bool, of these pixels
 
 
 def _overlap(centre: float, length: int, size: int) -> tuple[slice, slice]:
@@ -256,7 +272,7 @@ def _stack(
     for row, (patch, must, tries) in enumerate(
         zip(patches, keep, centres.tolist(), strict=True)
     ):
-        mask = patch[..., 3] > 127
+        mask = patch.view("<i4")[..., 0] < 0  # opacity over 127
         need = max(MIN_PIXELS, MIN_VISIBLE * np.count_nonzero(mask)) if must else 0
         for x, y in tries:
             spans = [
@@ -268,7 +284,7 @@ def _stack(
                 break
         else:
             return None
-        free[place] &= ~mask[inside]
+        free[place] ^= visible
         items.append(_Item(row, patch, place, inside, visible))
     return items
 
@@ -312,17 +328,18 @@ def _map(u: np.ndarray, size: int) -> np.ndarray:
 def _background(u: np.ndarray, size: int) -> np.ndarray:
     """Textures and shapes, uint8 [size, size, 4], from u [14, 32]; the last is 0."""
     first, second, border = (_map(u[0, k : k + 4], size) for k in (0, 4, 8))
-    index = np.where(border < 80 + 96 * u[0, 12], first, second + np.uint16(256))
-    for k in range(int(13 * u[0, 13])):
-        place, form = _shape(u[2 + k, :6], size)
-        region = _map(u[2 + k, 6:10], size)[place] + np.uint16(256 * (2 + k))
-        region[form > 0.7 + 0.6 * u[2 + k, 10]] = 256 * (2 + k)  # half have a rim
+    index = second + np.uint16(256)
+    np.copyto(index, first, where=border < math.ceil(80 + 96 * u[0, 12]))
+    u = u[: 2 + int(13 * u[0, 13])]
+    for k in range(2, len(u)):
+        place, form = _shape(u[k, :6], size)
+        region = _map(u[k, 6:10], size)[place] + np.uint16(256 * k)
+        region[form > 0.7 + 0.6 * u[k, 10]] = 256 * k  # half have a rim
         np.copyto(index[place], region, where=form < 1)
-    ends = 255 * u[:, 16:22].reshape(-1, 2, 1, 3)  # two colours a ramp
+    ends = 255 * u[:, 16:22].reshape(-1, 2, 3, 1)  # two colours a ramp
+    ramps = ends[:, 0] + np.linspace(0, 1, 256) * (ends[:, 1] - ends[:, 0])
     table = np.zeros((len(u), 256, 4), dtype=np.uint8)
-    table[..., :3] = ends[:, 0] + np.linspace(0, 1, 256)[:, None] * (
-        ends[:, 1] - ends[:, 0]
-    )
+    table[..., :3] = ramps.transpose(0, 2, 1)
     return (
         np.take(table.view(np.uint32).ravel(), index)
         .view(np.uint8)
@@ -331,21 +348,33 @@ def _background(u: np.ndarray, size: int) -> np.ndarray:
 
 # %% ../nbs/09_scenes.ipynb #f7f7c802
 def _slice(sprite: np.ndarray, u: float) -> np.ndarray:
-    """A fifth of a sprite's opaque area, from one of its four sides."""
+    """A fifth of a sprite's opaque area, from one of its four sides; uint8 [S, W, 4].
+
+    Of the empty columns to its right, only one is kept: the filter reads it.
+    """
     turned = np.rot90(sprite, int(4 * u))
     filled = (turned[..., 3] > 127).sum(0).cumsum()
-    return np.where((filled <= 0.2 * filled[-1])[:, None], turned, np.uint8(0))
+    width = np.searchsorted(filled, 0.2 * filled[-1], side="right")
+    part = turned[:, : width + 1].copy()
+    part[:, width:] = 0
+    return part
 
 
-def _recoloured(sprite: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """The sprite in other colours, uint8 [S, S, 4], still premultiplied; u [6]."""
-    contrast = 0.2 + 0.6 * u[1]
-    matrix = np.eye(4, dtype=np.float32)
-    matrix[:3, :3] = (1 - 0.8 * u[0]) / 3 + 0.8 * u[0] * np.eye(3)
-    matrix[:, :3] *= contrast * (0.5 + u[2:5])
-    matrix[3, :3] = (1 - contrast) * u[5]
-    new = sprite.reshape(-1, 4) @ matrix
-    return (np.minimum(new, new[:, 3:]) + 0.5).astype(np.uint8).reshape(sprite.shape)
+def _recolourings(u: np.ndarray) -> np.ndarray:
+    """Matrices for premultiplied colours, float32 [N, 4, 4], from u [N, 6]."""
+    colour, contrast = 0.8 * u[:, :1, None], 0.2 + 0.6 * u[:, 1:2]
+    matrices = np.tile(np.eye(4, dtype=np.float32), (len(u), 1, 1))
+    matrices[:, :3, :3] = (1 - colour) / 3 + colour * np.eye(3)
+    matrices[:, :3, :3] *= (contrast * (0.5 + u[:, 2:5]))[:, None]
+    matrices[:, 3, :3] = (1 - contrast) * u[:, 5:]
+    return matrices
+
+
+def _recoloured(sprite: _Sprite, matrix: np.ndarray) -> np.ndarray:
+    """The pixels in other colours, uint8 [S, S, 4], still premultiplied."""
+    new = sprite.colours @ matrix
+    new = (np.minimum(new, new[:, 3:]) + 0.5).astype(np.uint8)
+    return np.take(new.view("<u4"), sprite.which).view(np.uint8)
 
 # %% ../nbs/09_scenes.ipynb #7524dfa9
 _ROWS = 16  # of a scene's numbers: itself, negatives, background; then its cast
@@ -375,18 +404,20 @@ def _cast(profile: Profile, split: str, seed: int, index: int) -> _Cast:
         slices = np.where(own < 0.25, mine, slices)
     slices = slices[: int(3 * u[0, 0])]
     drawn = (len(profile.counts) * u[1, 1 : 6 + int(11 * u[1, 0])]).astype(np.int64)
-    return _Cast(labels, slices, np.setdiff1d(drawn, np.append(labels, slices)), u)
+    absent = {*drawn.tolist()} - {*labels.tolist(), *slices.tolist()}
+    return _Cast(labels, slices, np.array(sorted(absent), dtype=np.int64), u)
 
 # %% ../nbs/09_scenes.ipynb #aeac1952
 def _layout(profile: Profile, cast: _Cast, size: int) -> list[_Item]:
     """Patches of all objects and slices, front to back, each in its place."""
     labels, objects = np.append(cast.labels, cast.slices), len(cast.labels)
     u = cast.u[_ROWS : _ROWS + len(labels)]
+    matrices = _recolourings(u[:, 5:11])
     levels = _sprites(len(profile.counts), 64 if size <= 256 else 128)
 
     def patch(row: int, side: float) -> np.ndarray:
-        level = next((x for x in levels if x.shape[1] >= 0.8 * side), levels[-1])
-        sprite = _recoloured(level[labels[row]], u[row, 5:11])
+        level = next((x for x in levels if len(x[0].which) >= 0.8 * side), levels[-1])
+        sprite = _recoloured(level[labels[row]], matrices[row])
         sprite = sprite if row < objects else _slice(sprite, u[row, 29])
         return _patch(sprite, side, u[row, 2:5])
 
@@ -432,7 +463,7 @@ def _paint(cast: _Cast, items: list[_Item], size: int) -> Tensor:
     canvas = _background(cast.u[2:_ROWS], size)
     for item in reversed(items):
         top, under = item.patch[item.inside], canvas[item.place]
-        rest = np.repeat(255 - top[..., 3:], 4, axis=2)  # what shines through
+        rest = ((~top.view("<u4") >> 24) * 0x01010101).view(np.uint8)  # shines through
         under[...] = top + (np.multiply(under, rest, dtype=np.uint16) + 127) // 255
     return torch.from_numpy(np.ascontiguousarray(canvas[..., :3].transpose(2, 0, 1)))
 
