@@ -22,18 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 # %% ../nbs/14_detect.ipynb #62825052
 from .classify import ORDERS, build_loss, data_folder
+from .detections import DetectionWriter, detections_from, merge_detections
 from .detector import Detector, build_detector
 from .fetch import find_part
 from .instances import InstanceSet
 from .longtail import ClassFrequency
-from eql_repro.metrics import (
-    DetectionWriter,
-    detection_calibration,
-    detections_from,
-    draw_detections,
-    evaluate_lvis,
-    merge_detections,
-)
+from .metrics import detection_calibration, draw_detections, evaluate_lvis
 from .recipe import Recipe, recipe_from
 from .samplers import batch_of, keyed_generator
 

@@ -28,8 +28,8 @@ from eql_repro.detect import (
     measured,
     pairs,
 )
+from .detections import DetectionWriter, detections_from
 from .detector import BoxPredictor, Detector, _from_torchvision
-from .metrics import DetectionWriter, detections_from
 from .provenance import write_file
 from .recipe import Recipe
 from .regions import KeyedSampler, class_scores, num_logits

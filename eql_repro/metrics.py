@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['top_k', 'class_accuracy', 'class_mean', 'group_accuracy', 'mean_positive_score', 'calibration',
-           'classification_results', 'evaluate_lvis', 'detections_from', 'DetectionWriter', 'merge_detections',
-           'per_class_frame', 'precision_recall', 'detection_calibration', 'draw_detections']
+           'classification_results', 'evaluate_lvis', 'per_class_frame', 'precision_recall', 'detection_calibration',
+           'draw_detections']
 
 # %% ../nbs/10_metrics.ipynb #868d2185
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import compress
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .detections import detection_rows, read_detections, row_numbers
+from .detections import read_detections, row_numbers
 from .instances import decode_mask
 from .longtail import ClassFrequency, image_counts, require
 
@@ -192,29 +192,37 @@ def _read_truth(source: Any, masks: bool) -> dict[str, list[dict]]:
     return {"images": images, "categories": categories, "annotations": rows}
 
 # %% ../nbs/10_metrics.ipynb #245d228d
-def _best(table: np.ndarray, limit: int = 300) -> np.ndarray:
-    """Indices of what the reference keeps: the best of an image, then any with area."""
-    order = np.lexsort((-table[:, 5], table[:, 0]))  # stable: ties in the given order
-    image = table[order, 0]
-    rank = np.arange(len(order)) - np.searchsorted(image, image)
-    area = table[order, 3] * table[order, 4]
-    return order[(rank < limit) & (area > 0)]
+def _place(values: np.ndarray, ids: Iterable[int]) -> np.ndarray:
+    """Where each value stands among the sorted ids, int64; -1 where it is none."""
+    known = np.array([*sorted(ids), math.inf])
+    place = np.searchsorted(known, values)
+    return np.where(known[place] == values, place, -1)
 
 
+def _kept(table: np.ndarray, image: np.ndarray, limit: int = 300) -> np.ndarray:
+    """What the reference keeps, bool: the best of an image, of them any with area."""
+    kept = table[:, 3] * table[:, 4] > 0
+    many = np.flatnonzero(np.bincount(image)[image] > limit)
+    many = many[np.lexsort((-table[many, 5], image[many]))]  # ties in the given order
+    rank = np.arange(len(many)) - np.searchsorted(image[many], image[many])
+    kept[many[rank >= limit]] = False
+    return kept
+
+# %% ../nbs/10_metrics.ipynb #b60e9cff
 def _read_detections(source: Any, truth: dict, masks: bool) -> tuple[np.ndarray, list]:
     """What of `read_detections` is kept; every id and mask fits the ground truth."""
     sizes = {i["id"]: [i.get("height"), i.get("width")] for i in truth["images"]}
-    categories = [category["id"] for category in truth["categories"]]
     table, shapes = read_detections(source, masks)
-    known = np.isin(table[:, 0], [*sizes]) & np.isin(table[:, 6], categories)
-    if not known.all():
-        n = int(known.argmin())
+    image = _place(table[:, 0], sizes)
+    category = _place(table[:, 6], [category["id"] for category in truth["categories"]])
+    if (unknown := (image < 0) | (category < 0)).any():
+        n = int(unknown.argmax())
         ids = f"image_id {table[n, 0]:.0f} or category_id {table[n, 6]:.0f}"
         raise ValueError(f"detections: {ids} of row {n} is not in ground_truth")
-    for n, (shape, image) in enumerate(zip(shapes, table[:, 0], strict=masks)):
-        _mask(shape, f"detections: row {n}", sizes[image])
-    best = _best(table)
-    return table[best], [shapes[i] for i in best] if masks else []
+    for n, (shape, own) in enumerate(zip(shapes, table[:, 0], strict=masks)):
+        _mask(shape, f"detections: row {n}", sizes[own])
+    kept = _kept(table, image)
+    return (table, shapes) if kept.all() else (table[kept], [*compress(shapes, kept)])
 
 # %% ../nbs/10_metrics.ipynb #1a6d688d
 def _lvis_precision(truth: dict, table: np.ndarray, masks: list, iou_type: str):
@@ -321,98 +329,6 @@ def evaluate_lvis(
         kind: _summary(_ENGINES[engine](truth, table, masks, kind), truth["categories"])
         for kind in iou_types
     }
-
-# %% ../nbs/10_metrics.ipynb #681190b2
-def detections_from(
-    outputs: Sequence[Mapping[str, Any]],
-    image_ids: Sequence[int],
-    category_ids: Sequence[int],
-) -> list[dict]:
-    """Rows of the LVIS results format from the outputs of a batch.
-
-    outputs: for each image boxes float [N, 4] as x1, y1, x2, y2 in pixels, labels int64
-    [N] in [0, C), scores [N] and, if there are any, masks: N RLE dicts or polygons;
-    image_ids: an id per image, a repeated one counts once; category_ids: the id of each
-    label, C of them. Raises ValueError for lengths that differ or a label out of range.
-    """
-    if len(outputs) != len(image_ids):
-        raise ValueError(f"image_ids: got {len(image_ids)} for {len(outputs)} outputs")
-    C, rows = len(category_ids), []
-    for image_id, output in dict(zip(image_ids, outputs, strict=True)).items():
-        boxes, labels = output["boxes"].double().cpu(), output["labels"].tolist()
-        if not all(0 <= label < C for label in labels):
-            raise ValueError(f"outputs: labels of image {image_id} exceed [0, {C})")
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-        values = [[category_ids[j] for j in labels], boxes, output["scores"].tolist()]
-        keys = ["category_id", "bbox", "score", "segmentation"]
-        if "masks" in output:
-            values.append(output["masks"])
-        for row in zip(*values, strict=True):
-            rows.append(
-                {"image_id": int(image_id)} | dict(zip(keys, row, strict=False))
-            )
-    return rows
-
-# %% ../nbs/10_metrics.ipynb #32f37edf
-def _lines(path: str | PathLike) -> Path:
-    if Path(path).suffix != ".jsonl":
-        raise ValueError(f"path: got {str(path)!r}, expected a name ending in .jsonl")
-    return Path(path)
-
-
-class DetectionWriter:
-    """A file of JSON lines, one detection a line, written as they come.
-
-    path: ends in .jsonl; what it held is replaced. Use it in a `with` statement; the
-    rows of an image belong into one call of `write`.
-    """
-
-    def __init__(self, path: str | PathLike):
-        self._file = open(_lines(path), "w", encoding="utf-8")
-
-    def __enter__(self) -> "DetectionWriter":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._file.close()
-
-    def write(self, rows: Iterable[dict]) -> int:
-        """Append rows of the LVIS results format; returns how many."""
-        lines = []
-        for n, row in enumerate(rows):
-            image, *box, score, category = row_numbers(
-                row, f"detections: row {n}", "score"
-            )
-            line = {"image_id": image, "category_id": category}
-            line |= {"bbox": box, "score": score}
-            if "segmentation" in row:
-                line["segmentation"] = row["segmentation"]
-            lines.append(json.dumps(line, default=bytes.decode) + "\n")  # RLE in bytes
-        self._file.write("".join(lines))
-        self._file.flush()
-        return len(lines)
-
-# %% ../nbs/10_metrics.ipynb #fb278ec9
-def merge_detections(paths: Iterable[str | PathLike], out: str | PathLike) -> int:
-    """Join files of JSON lines into `out`; returns the number of rows.
-
-    Of an image that comes again, in the same file or in another, only the first block
-    of successive rows is kept. Memory holds image ids alone. Raises ValueError if `out`
-    is among the paths, or for a line that is no JSON or lacks a field.
-    """
-    paths, out = [_lines(path) for path in paths], _lines(out)
-    if out.resolve() in [path.resolve() for path in paths]:
-        raise ValueError(f"out: {str(out)!r} is one of the files to merge")
-    seen, kept = set(), 0
-    with DetectionWriter(out) as writer:
-        for path in paths:
-            for image, block in groupby(
-                detection_rows(path), lambda row: row.get("image_id")
-            ):
-                if image not in seen:
-                    kept += writer.write(block)
-                seen.add(image)
-    return kept
 
 # %% ../nbs/10_metrics.ipynb #64435413
 def per_class_frame(ground_truth: Any, results: Mapping[str, Mapping[str, Any]]):

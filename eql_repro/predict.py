@@ -16,10 +16,11 @@ import torch
 
 from .classify import build_loss
 from .detect import Detection
+from .detections import DetectionWriter, detections_from
 from .instances import read_image
 from .lanes import TASKS
 from .longtail import require
-from .metrics import DetectionWriter, detections_from, draw_detections
+from .metrics import draw_detections
 from .training import load_run
 
 # %% ../nbs/17_predict.ipynb #57f43fb9

@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from eql_repro.detections import DetectionWriter, detections_from, merge_detections
 from eql_repro.metrics import (
-    DetectionWriter,
     calibration,
     detection_calibration,
-    detections_from,
     draw_detections,
     evaluate_lvis,
-    merge_detections,
     per_class_frame,
     precision_recall,
     top_k,
@@ -323,7 +321,7 @@ def test_writing_and_merging_take_little_memory(tmp_path):
     for k, path in enumerate(paths):
         with DetectionWriter(path) as writer:
             for image in range(100 * k, 100 * k + 100):
-                writer.write([guess(image=image)] * 40)
+                writer.write([guess(image=image)] * 50)
     merge_detections(paths, tmp_path / "all.jsonl")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
