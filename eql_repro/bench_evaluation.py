@@ -87,7 +87,8 @@ _ENGINES = {"ours": "hotcoco", "lvis": "lvis"}
 def side_by_process(side: str, truth: Path, detections: Path) -> dict[str, Any]:
     """Seconds, peak megabytes and results of one side in a fresh process; on Linux.
 
-    `parsing`: seconds that json alone takes for the detections, after the clock.
+    `libraries`: megabytes that imports held before the clock; `parsing`: seconds of
+    json alone for the detections, after the clock.
 
     Raises RuntimeError with the end of its messages where the process fails.
     """
@@ -101,12 +102,13 @@ def side_by_process(side: str, truth: Path, detections: Path) -> dict[str, Any]:
 
 def _child(side: str, truth: str, detections: str) -> None:
     import_module(_ENGINES[side])
+    libraries = _resident("VmRSS") / 1e6
     start = time.perf_counter()
     results = SIDES[side](truth, detections)
     text = json.dumps(results)
     Path(detections).with_name(f"{side}.json").write_text(text)
     row = {"seconds": time.perf_counter() - start, "results": results}
-    row["megabytes"] = _resident("VmHWM") / 1e6
+    row |= {"megabytes": _resident("VmHWM") / 1e6, "libraries": libraries}
     start = time.perf_counter()
     json.loads(Path(detections).read_text())
     row["parsing"] = time.perf_counter() - start
@@ -118,12 +120,15 @@ def _measured(images: int, small: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         files = made_files(Path(folder), images, *shape)
         sides = {side: side_by_process(side, *files) for side in SIDES}
-    rows = {k: {s: x[k] for s, x in sides.items()} for k in ("seconds", "megabytes")}
+    names = "seconds", "megabytes", "libraries"
+    rows = {k: {s: x[k] for s, x in sides.items()} for k in names}
+    rows["added"] = {s: x["megabytes"] - x["libraries"] for s, x in sides.items()}
     size = f"{images:,} images, {images * shape[1]:,} detections"
     row = {"what": "evaluate_lvis against lvis", "size": size, "images": images}
     equal = sides["ours"]["results"] == sides["lvis"]["results"]
     ratio = {k: r["lvis"] / r["ours"] for k, r in rows.items()}
     row |= {"ratio": ratio["seconds"], "memory_ratio": ratio["megabytes"]}
+    row["added_ratio"] = ratio["added"]
     row["parsing"] = sides["ours"]["parsing"]
     return row | rows | {"equal": equal, "goal": 50.0, "memory_goal": 10.0}
 

@@ -80,7 +80,7 @@ def _careful(source: Any, masks: bool) -> tuple[np.ndarray, list]:
         numbers.extend(row_numbers(row, f"detections: row {n}", "score"))
         if masks:
             shapes.append(row.get("segmentation"))
-    return np.array(numbers).reshape(-1, 7), shapes
+    return np.asarray(numbers).reshape(-1, 7), shapes
 
 # %% ../nbs/10_detections.ipynb #4b30942c
 _PIECE = 2**18  # bytes: a piece and its rows stay in the cache
@@ -149,14 +149,14 @@ def _quick(path: Path, masks: bool) -> tuple[np.ndarray, list] | None:
     """Table and masks of a file; None where msgspec is missing or finds fault."""
     if _msgspec is None:
         return None
-    tables, shapes = [np.empty((0, 7))], []
+    numbers, shapes = array("d"), []
     try:
         for rows in _decoded(path, masks):
-            tables.append(_table(rows))
+            numbers.frombytes(_table(rows).tobytes())
             shapes += [row.segmentation for row in rows] if masks else []
     except (_msgspec.MsgspecError, ValueError):
         return None
-    table = np.concatenate(tables)
+    table = np.asarray(numbers).reshape(-1, 7)
     return (table, shapes) if np.isfinite(table).all() else None
 
 # %% ../nbs/10_detections.ipynb #86ebadad

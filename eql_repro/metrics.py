@@ -10,9 +10,9 @@ __all__ = ['top_k', 'class_accuracy', 'class_mean', 'group_accuracy', 'mean_posi
 # %% ../nbs/10_metrics.ipynb #868d2185
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import compress
+from itertools import compress, pairwise
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
@@ -250,26 +250,35 @@ def _lvis_precision(truth: dict, table: np.ndarray, masks: list, iou_type: str):
     return evaluation.eval["precision"]
 
 # %% ../nbs/10_metrics.ipynb #46722e66
-def _hotcoco(truth: dict, table: np.ndarray, masks: list, iou_type: str):
-    """hotcoco's evaluation by the rules of LVIS, detections matched."""
-    hotcoco = require("hotcoco")
-    data = hotcoco.COCO(truth)
-    results = data.load_res(table, segmentation=masks or None)
-    evaluation = hotcoco.LVISEval(data, results, iou_type)
-    evaluation.evaluate()
-    return evaluation
+def _blocks(truth: dict, table: np.ndarray, masks: list, size: int = 100):
+    """Yield images, their annotations, detections and masks, few images at a time."""
+    images = sorted(truth["images"], key=lambda row: row["id"])
+    place = _place(table[:, 0], [row["id"] for row in images])
+    order, own = np.argsort(place, kind="stable"), defaultdict(list)
+    ends = np.searchsorted(place[order], np.arange(0, len(images) + size, size))
+    for row in truth["annotations"]:
+        own[row["image_id"]].append(row)
+    for k, (first, last) in enumerate(pairwise(ends)):
+        block, rows = images[size * k : size * k + size], order[first:last]
+        known = [row for image in block for row in own[image["id"]]]
+        shapes = [masks[n] for n in rows] if masks else None
+        yield block, known, table[rows], shapes
 
-
+# %% ../nbs/10_metrics.ipynb #c8f24261
 def _hotcoco_precision(truth: dict, table: np.ndarray, masks: list, iou_type: str):
-    """Precision, float64 [10, 101, K, 4], by hotcoco."""
-    evaluation = _hotcoco(truth, table, masks, iou_type)
+    """Precision, float64 [10, 101, K, 4], by hotcoco, which matches as images come."""
+    categories, hotcoco = truth["categories"], require("hotcoco")
+    evaluation = hotcoco.StreamingEval(categories, iou_type, lvis_style=True)
+    for *block, shapes in _blocks(truth, table, masks):
+        evaluation.update(*block, segmentation=shapes)
+    evaluation = evaluation.finalize()
     evaluation.accumulate()
     return evaluation.eval["precision"][..., 0]
 
 
 _ENGINES = {"hotcoco": _hotcoco_precision, "lvis": _lvis_precision}
 
-
+# %% ../nbs/10_metrics.ipynb #ba60b6fb
 def _mean(precision: np.ndarray) -> float:
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else math.nan
@@ -379,6 +388,16 @@ def precision_recall(
     ids = [category["id"] for category in truth["categories"]]
     return result | {"per_class": dict(zip(ids, curves, strict=True))}
 
+# %% ../nbs/10_metrics.ipynb #b6f5e9a5
+def _matched(truth: dict, table: np.ndarray, masks: list, iou_type: str):
+    """hotcoco's evaluation of all images at once, which keeps what it matched."""
+    hotcoco = require("hotcoco")
+    data = hotcoco.COCO(truth)
+    results = data.load_res(table, segmentation=masks or None)
+    evaluation = hotcoco.LVISEval(data, results, iou_type)
+    evaluation.evaluate()
+    return evaluation
+
 # %% ../nbs/10_metrics.ipynb #a10f4f3c
 def detection_calibration(
     ground_truth: Any,
@@ -400,7 +419,7 @@ def detection_calibration(
     if bins < 1:
         raise ValueError(f"bins: got {bins!r}, expected at least 1")
     parts = _only(groups, *_read(ground_truth, detections, [iou_type]))
-    evaluation = _hotcoco(*parts, iou_type)
+    evaluation = _matched(*parts, iou_type)
     threshold = evaluation.params.iou_thrs[place]
     rows = evaluation.calibration(n_bins=bins, iou_threshold=threshold)["bins"]
     names = {"confidence": "avg_confidence", "accuracy": "avg_accuracy"}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from eql_repro import metrics
 from eql_repro.detections import DetectionWriter, detections_from, merge_detections
 from eql_repro.metrics import (
     calibration,
@@ -149,6 +150,20 @@ def test_both_engines_equal_the_reference_on_made_files(made, tmp_path, monkeypa
     for result in found.values():
         numbers = list(result.values())[:-1]
         assert len({*numbers}) == 9 and all(0.02 < v < 0.98 for v in numbers)
+
+
+def test_results_do_not_depend_on_the_images_taken_at_a_time(made, monkeypatch):
+    truth, rows = made
+    whole = repr(evaluate_lvis(truth, rows))
+    taken = []
+
+    def few(*parts, blocks=metrics._blocks):
+        taken.extend(len(images) for images, *_ in blocks(*parts, size=3))
+        return blocks(*parts, size=3)
+
+    monkeypatch.setattr(metrics, "_blocks", few)
+    assert repr(evaluate_lvis(truth, rows)) == whole
+    assert len(taken) > 4 and max(taken) == 3
 
 
 def test_never_predicted_categories_and_crowded_images(made, tmp_path, monkeypatch):
