@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 # %% ../nbs/02_kernels.ipynb #7ca5aca6
-BLOCK = 2**18  # logits at a time: a megabyte, which a processor's cache holds
+BLOCK = 2**18  # logits at a time for each thread: a megabyte, which its cache holds
 
 
 def fills_a_block(z: Tensor) -> bool:
@@ -38,7 +38,9 @@ def _wide(z: Tensor) -> Tensor:
 
 def _rows_at_once(z: Tensor) -> int:
     """How many rows of z to take at a time: all of them on an accelerator."""
-    return max(1, BLOCK // z.shape[1]) if z.device.type == "cpu" else len(z)
+    if z.device.type != "cpu":
+        return len(z)
+    return max(1, BLOCK * torch.get_num_threads() // z.shape[1])
 
 
 def _blocks(z: Tensor, *rows: Tensor):

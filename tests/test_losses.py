@@ -474,7 +474,8 @@ def test_logits_that_are_not_contiguous(small_blocks):
             leaf = x.detach().requires_grad_()
             call(leaf, labels).backward()
             grads.append(leaf.grad)
-        assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+        for other in grads[1:]:  # another layout may round the last bit elsewhere
+            torch.testing.assert_close(other, grads[0], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [eql, seql])
