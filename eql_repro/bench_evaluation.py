@@ -24,6 +24,10 @@ from .bench import _resident, exponent
 from .metrics import evaluate_lvis
 
 # %% ../nbs/17_bench_evaluation.ipynb #b54a9896
+_ANGLES = np.linspace(0, 2 * np.pi, 33, endpoint=False)
+_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1) / 2 + 0.5  # [33, 2]
+
+
 def _truth(images: int, categories: int, rng: np.random.Generator) -> dict:
     names = [{"name": f"c{j}", "frequency": "rcf"[j % 3]} for j in range(categories)]
     truth: dict[str, list] = {"images": [], "annotations": []}
@@ -37,6 +41,8 @@ def _truth(images: int, categories: int, rng: np.random.Generator) -> dict:
         for j, box in zip(known, boxes, strict=False):
             row = {"id": len(truth["annotations"]) + 1, "image_id": i}
             row |= {"category_id": j, "bbox": box, "area": box[2] * box[3]}
+            outline = box[:2] + _CIRCLE * box[2:]
+            row["segmentation"] = [outline.round(2).ravel().tolist()]
             truth["annotations"].append(row)
     return truth
 

@@ -8,14 +8,12 @@ __all__ = ['top_k', 'class_accuracy', 'class_mean', 'group_accuracy', 'mean_posi
            'draw_detections']
 
 # %% ../nbs/10_metrics.ipynb #868d2185
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress, pairwise
 from logging import getLogger
 from os import PathLike
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .detections import read_detections, row_numbers
+from .detections import read_detections, read_lists, row_numbers
 from .instances import decode_mask
 from .longtail import ClassFrequency, image_counts, require
 
@@ -153,11 +151,20 @@ def _fields(row: dict, kind: str, *names: str) -> dict:
     return {name: row[name] for name in names}
 
 # %% ../nbs/10_metrics.ipynb #aa44968c
-def _source(source: Any) -> dict:
+_WANTED = {
+    "images": "id height width neg_category_ids not_exhaustive_category_ids".split(),
+    "categories": "id name frequency".split(),
+    "annotations": "id image_id category_id bbox area iscrowd ignore".split(),
+}
+
+
+def _source(source: Any, masks: bool) -> dict:
     """The LVIS dict, every id listed and listed once."""
     source = source.to_lvis() if hasattr(source, "to_lvis") else source
     if isinstance(source, (str, PathLike)):
-        source = json.loads(Path(source).read_text(encoding="utf-8"))
+        more = ["segmentation"] if masks else []
+        rows = {"annotations": _WANTED["annotations"] + more}
+        source = read_lists(source, _WANTED | rows)
     try:
         image_counts(source)
     except (KeyError, TypeError, ValueError) as error:
@@ -178,7 +185,7 @@ def _annotation(row: dict, sizes: Mapping[int, list], masks: bool) -> dict:
 
 def _read_truth(source: Any, masks: bool) -> dict[str, list[dict]]:
     """What evaluation reads, in fresh rows; categories by rising id."""
-    source, sides = _source(source), ("height", "width") if masks else ()
+    source, sides = _source(source, masks), ("height", "width") if masks else ()
     names = "id", "neg_category_ids", "not_exhaustive_category_ids", *sides
     images = [_fields(row, "image", *names) for row in source["images"]]
     names = "id", "name", "frequency"

@@ -310,6 +310,8 @@ def test_sources_are_alike_and_stay_as_they_are(tmp_path):
         assert writer.write(rows) == len(rows)
     for source in (Data(), paths[0], str(paths[0])):
         assert repr(evaluate_lvis(source, rows)) == expected
+        boxes = evaluate_lvis(source, rows, ["bbox"])
+        assert repr(boxes) == repr(evaluate_lvis(truth, rows, ["bbox"]))
     for source in (iter(rows), *paths[1:], str(paths[2])):
         assert repr(evaluate_lvis(truth, source)) == expected
     evaluate_lvis(truth, rows, engine="lvis")
