@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("recipes", nargs="*", help="default: all with records")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--work", type=Path, help="default: a folder of its own")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if git("status", "--porcelain", "--", "eql_repro").strip():
         parser.error("eql_repro has changes that are not committed")
     files = (ROOT / "records").glob("*-s*.json")
