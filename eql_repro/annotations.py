@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .longtail import ClassFrequency, _read_annotations, require
+from .counts import _read_annotations, require
+from .longtail import ClassFrequency
 
 # %% ../nbs/08_annotations.ipynb #bf945d2e
 class Packed(Sequence):

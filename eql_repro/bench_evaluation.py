@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .bench import _resident, exponent
-from .metrics import evaluate_lvis
+from .evaluation import evaluate_lvis
 
 # %% ../nbs/17_bench_evaluation.ipynb #b54a9896
 _ANGLES = np.linspace(0, 2 * np.pi, 33, endpoint=False)

@@ -30,9 +30,10 @@ from eql_repro.classify import (
     load_data,
     scores_of,
 )
+from .counts import require
 from .images import STATISTICS, ImageSet, normalize
 from .lanes import build_lane, learning_rate, step
-from .longtail import ClassFrequency, exponential_counts, require
+from .longtail import ClassFrequency, exponential_counts
 from .metrics import top_k
 from .recipe import Recipe
 from .recipes import RECIPES

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .commands import bench, data_app, evaluate, predict, scenes_app
+from .counts import require
 from .images import cifar100_lt
-from .longtail import ClassFrequency, require
+from .longtail import ClassFrequency
 from .recipe import Recipe, recipe_from
 from .recipe_detect import cost, paper_row
 from .recipes import RECIPES, find_recipe, quickstart

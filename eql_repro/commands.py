@@ -12,11 +12,11 @@ from typing import Annotated
 import torch
 
 from .bench import speed_file, write_speed
+from .counts import require
 from .detect import readable_metrics
+from .evaluation import evaluate_lvis
 from .fetch import download
 from .instances import check_data
-from .longtail import require
-from .metrics import evaluate_lvis
 from .scenes import Scenes, export_scenes
 
 # %% ../nbs/17_commands.ipynb #088fbd41

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .counts import require
 from .images import ImageSet
-from .longtail import exponential_counts, require
+from .longtail import exponential_counts
 
 # %% ../nbs/09_crops.ipynb #901df565
 def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .classify import ORDERS, build_loss, data_folder
 from .detections import DetectionWriter, detections_from, merge_detections
 from .detector import Detector, build_detector
+from .evaluation import detection_calibration, draw_detections, evaluate_lvis
 from .fetch import find_part
 from .instances import InstanceSet
 from .longtail import ClassFrequency
-from .metrics import detection_calibration, draw_detections, evaluate_lvis
 from .recipe import Recipe, recipe_from
 from .samplers import batch_of, keyed_generator
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 
 # %% ../nbs/10_detections.ipynb #d68fd01c
 _msgspec = import_module("msgspec") if find_spec("msgspec") else None  # slower without
@@ -215,10 +214,11 @@ def detections_from(
         raise ValueError(f"image_ids: got {len(image_ids)} for {len(outputs)} outputs")
     C, rows = len(category_ids), []
     for image_id, output in dict(zip(image_ids, outputs, strict=True)).items():
-        boxes, labels = output["boxes"].double().cpu(), output["labels"].tolist()
+        labels = output["labels"].tolist()
         if not all(0 <= label < C for label in labels):
             raise ValueError(f"outputs: labels of image {image_id} exceed [0, {C})")
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+        boxes = output["boxes"].detach().cpu().double().numpy()
+        boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
         values = [[category_ids[j] for j in labels], boxes, output["scores"].tolist()]
         keys = ["category_id", "bbox", "score", "segmentation"]
         if "masks" in output:

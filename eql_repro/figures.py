@@ -17,7 +17,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from .longtail import require
+from .counts import require
 
 # %% ../nbs/16_figures.ipynb #41b9340b
 _ = (

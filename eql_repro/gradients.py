@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial, reduce
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from .longtail import ClassFrequency, _choose, _real, require
+from .counts import require
+from .longtail import ClassFrequency, _choose, _real
 
 # %% ../nbs/02_gradients.ipynb #bc36b076
 def _wide(x: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def _split(call: _Call, g: Tensor, classifier: nn.Module, score: Callable) -> tu
 
 def _processes() -> int:
     """Processes that share the batch; 1 without a process group."""
-    there = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if there else 1
+    there = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if there else 1
 
 
 def _joined(positive: Tensor, negative: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ def _joined(positive: Tensor, negative: Tensor, sums: Tensor) -> tuple[Tensor, .
     if (n := _processes()) > 1:
         parts = positive / n, negative / n, torch.cat([sums[:2] / n, sums[2:]])
         for part in parts:
-            dist.all_reduce(part)
+            distributed.all_reduce(part)
     return parts
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from .classify import build_loss
+from .counts import require
 from .detect import Detection
 from .detections import DetectionWriter, detections_from
+from .evaluation import draw_detections
 from .instances import read_image
 from .lanes import TASKS
-from .longtail import require
-from .metrics import draw_detections
 from .training import load_run
 
 # %% ../nbs/17_predict.ipynb #57f43fb9

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .longtail import require
+from .counts import require
 from .provenance import same_sources
 from .recipe import Recipe, run_source
 from .recipes import RECIPES

@@ -19,8 +19,8 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import expand_boxes
 from torchvision.ops import nms, remove_small_boxes
 
+from .counts import require
 from .eql import _wide
-from .longtail import require
 from .samplers import keyed_generator
 
 # %% ../nbs/11_regions.ipynb #11fc0cf3

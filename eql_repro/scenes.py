@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .counts import require
 from eql_repro.crops import (
     _check_integer,
     sprite_atlas,
@@ -29,7 +30,7 @@ from eql_repro.crops import (
     textures,
     uniforms,
 )
-from .longtail import ClassFrequency, _choose, exponential_counts, require
+from .longtail import ClassFrequency, _choose, exponential_counts
 
 # %% ../nbs/09_scenes.ipynb #2b656921
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 # %% ../nbs/14_training.ipynb #e1548ff3
+from .counts import require
 from .detect import finished_run
 from .gradients import GradientMeter
 from eql_repro.lanes import (
@@ -39,7 +40,6 @@ from eql_repro.lanes import (
     save_checkpoint,
     step,
 )
-from .longtail import require
 from .provenance import device_name, provenance, write_file, write_json
 from .recipe import Recipe, run_source
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eql_repro import ClassFrequency
-from eql_repro.longtail import exponential_counts, image_counts, require, tail_of
+from eql_repro.counts import image_counts, require
+from eql_repro.longtail import exponential_counts, tail_of
 
 COCO = {
     "images": [{"id": 10}, {"id": 20}, {"id": 30}],

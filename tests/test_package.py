@@ -151,7 +151,7 @@ print(loss(torch.zeros(2, 2), torch.tensor([1, 2])).item())
 
 def test_what_needs_more_names_the_extra(bare: Path) -> None:
     code = """
-from eql_repro.longtail import require
+from eql_repro.counts import require
 try:
     require("pandas")
 except ImportError as error:
