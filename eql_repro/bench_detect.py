@@ -6,6 +6,7 @@
 __all__ = ['mask_tasks', 'detectors', 'made_batch', 'train_task', 'postprocess_tasks', 'detector', 'per_second', 'scenes_rate']
 
 # %% ../nbs/17_bench_detect.ipynb #97f8e74b
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_on_boxes
 
-from .bench import Task, compare, seconds
+from .bench import Task, compare, exponent, seconds
 from .classify import build_loss
 from .detect import build_detection_model, pairs
 from .detector import mask_rcnn
@@ -211,14 +212,18 @@ def _loader_rate(profile: str, batch: int, workers: int, batches: int = 40) -> f
 # %% ../nbs/17_bench_detect.ipynb #21b6966a
 def _loading(device: torch.device, small: bool) -> dict[str, Any]:
     """Scenes a second over processes; on a GPU, beside those of a training step."""
-    gpu, name = device.type == "cuda", "scenes_lvis_sigmoid"
-    workers, profile, batch, steps = (4, 8, 16) if gpu else (1, 2), "lvis", 32, 10
+    gpu, cores, name = device.type == "cuda", os.cpu_count() or 1, "scenes_lvis_sigmoid"
+    workers, profile, batch, steps = (1, 2, 4, 8, 16), "lvis", 32, 10
     if small:
         name, profile = "pocket_r18_sigmoid", "pocket"
-        workers, batch, steps = (1,), 2, 1
-    rate = {n: _loader_rate(profile, batch, n, 4 * steps) for n in workers}
+        workers, batch, steps = (1, 2), 2, 1
+    workers = [n for n in workers if n <= 2 * cores]
+    rates = [_loader_rate(profile, batch, n, 4 * steps) for n in workers]
     row = {"what": "loading", "size": f"{profile} scenes, batches of {batch}"}
-    row["loader_per_second"] = {f"{n} workers": r for n, r in rate.items()}
+    row |= {"cores": cores, "sizes": workers, "loader_per_second": rates}
+    own = [n for n in workers if n <= cores]
+    if len(own) > 1:  # of processes that have a core each
+        row["exponent"] = exponent(own, rates[: len(own)])
     if gpu or small:  # full size takes minutes on a CPU
         row["step_per_second"] = _step_rate(name, batch, device, steps)
     return row

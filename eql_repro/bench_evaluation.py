@@ -8,6 +8,7 @@ __all__ = ['SIDES', 'made_files', 'side_by_process', 'evaluation']
 # %% ../nbs/17_bench_evaluation.ipynb #e0465b32
 import json
 import logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 
-from .bench import _resident, exponent
 from .evaluation import evaluate_lvis
 
 # %% ../nbs/17_bench_evaluation.ipynb #b54a9896
@@ -106,15 +105,21 @@ def side_by_process(side: str, truth: Path, detections: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _megabytes(field: str) -> float:
+    """A figure of this process, on Linux."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found.group(1)) / 1e6
+
+
 def _child(side: str, truth: str, detections: str) -> None:
     import_module(_ENGINES[side])
-    libraries = _resident("VmRSS") / 1e6
+    libraries = _megabytes("VmRSS")
     start = time.perf_counter()
     results = SIDES[side](truth, detections)
     text = json.dumps(results)
     Path(detections).with_name(f"{side}.json").write_text(text)
     row = {"seconds": time.perf_counter() - start, "results": results}
-    row |= {"megabytes": _resident("VmHWM") / 1e6, "libraries": libraries}
+    row |= {"megabytes": _megabytes("VmHWM"), "libraries": libraries}
     start = time.perf_counter()
     json.loads(Path(detections).read_text())
     row["parsing"] = time.perf_counter() - start
@@ -139,8 +144,10 @@ def _measured(images: int, small: bool) -> dict[str, Any]:
     return row | rows | {"equal": equal}
 
 # %% ../nbs/17_bench_evaluation.ipynb #eea36d19
-def evaluation(device: torch.device, small: bool = False) -> list[dict[str, Any]]:
+def evaluation(device: Any = None, small: bool = False) -> list[dict[str, Any]]:
     """Case: boxes, up to 5,000 images with 300 detections each; always on the CPU."""
+    from eql_repro.bench import exponent  # loads torch
+
     pairs = [_measured(n, small) for n in ((4, 8) if small else (200, 1000, 5000))]
     pairs[-1] |= {"goal": 50.0, "memory_goal": 10.0}
     images, rows = [row["images"] for row in pairs], list(pairs)

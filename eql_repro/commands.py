@@ -11,12 +11,13 @@ from typing import Annotated
 
 import torch
 
-from .bench import speed_file, write_speed
+from .bench import in_processes, speed_file, write_speed
 from .counts import require
 from .detect import readable_metrics
 from .evaluation import evaluate_lvis
 from .fetch import download
 from .instances import check_data
+from .provenance import provenance
 from .scenes import Scenes, export_scenes
 
 # %% ../nbs/17_commands.ipynb #088fbd41
@@ -107,8 +108,8 @@ CASES = {
 }
 
 # %% ../nbs/17_commands.ipynb #b608f3ab
-def _checked(cases: list[str], device: str, out: Path | None, force: bool) -> dict:
-    """Device and files of the cases that were asked for."""
+def _checked(cases: list[str], device: str, out: Path | None, force: bool) -> tuple:
+    """Device of the cases that were asked for, and the file of each."""
     if unknown := set(cases) - set(CASES):
         raise ValueError(f"cases: got {unknown.pop()!r}, expected some of {[*CASES]}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -118,7 +119,7 @@ def _checked(cases: list[str], device: str, out: Path | None, force: bool) -> di
     there = [f for f in files.values() if f.exists() and not force]
     if there:
         raise FileExistsError(f"{there[0]} holds a record; --force replaces it")
-    return {"device": place, "files": files}
+    return place, files
 
 # %% ../nbs/17_commands.ipynb #a5e7c8d4
 def bench(
@@ -127,15 +128,17 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     small: Annotated[bool, typer.Option("--small", help="a trial of the code")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="fresh ones, for medians")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder of the records")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace records")] = False,
 ) -> None:
     """Time the book's parts beside what a user would take instead, and record it."""
-    checked = _checked(cases or list(CASES), device, out, force)
-    for case, file in checked["files"].items():
-        work = getattr(require(f"eql_repro.{CASES[case]}"), case)
-        rows = work(checked["device"], small)
-        write_speed(case, rows, checked["device"], out, force)
+    place, files = _checked(cases or list(CASES), device, out, force)
+    made = provenance() | {"processes": processes}  # before a record changes the tree
+    for case, file in files.items():
+        module = f"eql_repro.{CASES[case]}"
+        rows = in_processes(module, case, place, small, processes)
+        write_speed(case, rows, place, out, force, **made)
         for row in rows:
             ratio = f"{row['ratio']:8.2f} x" if "ratio" in row else " " * 10
             print(f"{ratio}  {row['what']}, {row.get('size', '')}")
