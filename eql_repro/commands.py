@@ -104,6 +104,7 @@ CASES = {
     "accuracy": "bench_images",
     "detector": "bench_detect",
     "scenes_rate": "bench_detect",
+    "loading": "bench_detect",
     "evaluation": "bench_evaluation",
 }
 
