@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .commands import bench, data_app, evaluate, predict, scenes_app
-from .counts import require
-from .images import cifar100_lt
-from .longtail import ClassFrequency
-from .recipe import Recipe, recipe_from
-from .recipe_detect import cost, paper_row
-from .recipes import RECIPES, find_recipe, quickstart
-from .training import Interrupted, Options, images_in, run_folder, train
+from .counts import Later, require
 
 # %% ../nbs/18_cli.ipynb #0784955a
-pd, tqdm, typer = map(require, ("pandas", "tqdm", "typer"))
+tqdm, typer = map(require, ("tqdm", "typer"))
+known, training = map(Later, ("eql_repro.recipes", "eql_repro.training"))
 
 # %% ../nbs/18_cli.ipynb #7d689c31
 def first_process() -> bool:
@@ -34,12 +29,12 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress(runs: Sequence[tuple[Recipe, int]], title: str) -> Any:
+def progress(runs: Sequence[tuple[Any, int]], title: str) -> Any:
     """A bar over all images of the runs, with the time left, on stderr."""
     seen = sys.stderr.isatty()
     return tqdm.tqdm(
         disable=not first_process(),
-        total=sum(images_in(recipe, recipe.iterations) for recipe, _ in runs),
+        total=sum(training.images_in(recipe, recipe.iterations) for recipe, _ in runs),
         desc=title,
         unit="img",
         unit_scale=True,
@@ -57,7 +52,7 @@ def results(folders: Iterable[str | Path]) -> Any:
         rows[folder.name] = {k: 100 * v for k, v in metrics.items()}
     order = ["all", "many", "medium", "few", "top5"]
     order += ["AP", "APr", "APc", "APf", "APbbox", "APbboxr", "APbboxc", "APbboxf"]
-    table = pd.DataFrame(rows).T
+    table = require("pandas").DataFrame(rows).T
     return table[[c for c in order if c in table]].round(1)
 
 # %% ../nbs/18_cli.ipynb #7cad5622
@@ -107,14 +102,15 @@ Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 @app.command(name="recipes")
 def recipes_command() -> None:
     """List the recipes: what sets each apart; for LVIS, its cost and the paper's AP."""
+    pd, book = require("pandas"), require("eql_repro.recipe_detect")
     columns = ["data", "imbalance", "network", "loss", "lambda_", "gamma", "sampler"]
     columns += ["iterations", "batch", "background"]
-    rows = {r.name: [getattr(r, c) for c in columns] for r in RECIPES.values()}
+    rows = {r.name: [getattr(r, c) for c in columns] for r in known.RECIPES.values()}
     print(pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string())
-    lvis = [r for r in RECIPES.values() if r.data.startswith("lvis")]
-    expected = {r.name: {k: round(v) for k, v in cost(r).items()} for r in lvis}
+    lvis = [r for r in known.RECIPES.values() if r.data.startswith("lvis")]
+    expected = {r.name: {k: round(v) for k, v in book.cost(r).items()} for r in lvis}
     for r in lvis:
-        if row := paper_row(r):
+        if row := book.paper_row(r):
             value = require("eql_repro.records").paper_value(*row, "AP")
             expected[r.name]["paper's AP"] = value
     print("\nEstimates for one large GPU (not measured), and the paper's mask AP:")
@@ -126,7 +122,7 @@ def resumable(folders: Iterable[Path]) -> Iterator[None]:
     """Turn a stop by Ctrl-C or SIGTERM into exit code 130 and the command to go on."""
     try:
         yield
-    except Interrupted as stop:
+    except training.Interrupted as stop:
         print(f"\neql: {stop}; go on with", file=sys.stderr)
         for folder in folders:
             if (folder / "checkpoint.pt").is_file():
@@ -134,10 +130,10 @@ def resumable(folders: Iterable[Path]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 # %% ../nbs/18_cli.ipynb #4f460787
-def _fetched(recipe: Recipe, root: str) -> str:
+def _fetched(recipe: Any, root: str) -> str:
     if recipe.data != "cifar100_lt":
         raise ValueError(f"download: {recipe.name} does not train on CIFAR-100")
-    cifar100_lt(root, split="test", download=True)
+    require("eql_repro.images").cifar100_lt(root, split="test", download=True)
     return root
 
 # %% ../nbs/18_cli.ipynb #02f5d1f3
@@ -156,20 +152,20 @@ def run(
     counts = data, workers, micro_batch, checkpoint_every, keep, tensorboard
     if bool(recipes) == missing:
         raise ValueError("recipes: give names, or --missing --minutes N")
+    options = training.Options(*counts)
     if missing:
         work = require("eql_repro.missing").work_down
-        return print(*work(minutes, out, Options(*counts), together=together), sep="\n")
-    options = Options(*counts, minutes)
-    runs = [(find_recipe(name), s) for name in recipes for s in seed]
-    folders = [run_folder(out, *pair) for pair in runs]
+        return print(*work(minutes, out, options, together=together), sep="\n")
+    options = replace(options, minutes=minutes)
+    runs = [(known.find_recipe(name), s) for name in recipes for s in seed]
+    folders = [training.run_folder(out, *pair) for pair in runs]
     if download:
         options = replace(options, data=_fetched(runs[0][0], data or "data"))
     with resumable(folders), progress(runs, "run") as bar:
-        train(runs, out, options, bar=bar, force=force)
+        training.train(runs, out, options, bar=bar, force=force)
     if first_process():
-        print(results(folders).to_string())
-        for folder in folders:
-            print(f"record: {folder / 'record.json'}")
+        files = [f"record: {folder / 'record.json'}" for folder in folders]
+        print(results(folders).to_string(), *files, sep="\n")
 
 # %% ../nbs/18_cli.ipynb #b79998b8
 @app.command()
@@ -180,13 +176,14 @@ def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> No
     if not (folder / "run.json").is_file():
         raise ValueError(f"folder: {folder} holds no run (no run.json)")
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    runs, out = [(recipe_from(state["recipe"]), state["seed"])], folder.resolve().parent
-    if run_folder(out, *runs[0]) != folder.resolve():
-        raise ValueError(
-            f"folder: {folder} was {run_folder('', *runs[0])} once; rename it"
-        )
+    recipe = require("eql_repro.recipe").recipe_from(state["recipe"])
+    runs, out = [(recipe, state["seed"])], folder.resolve().parent
+    if training.run_folder(out, *runs[0]) != folder.resolve():
+        once = training.run_folder("", *runs[0])
+        raise ValueError(f"folder: {folder} was {once} once; rename it")
+    options = training.Options(**state["options"] | {"minutes": 0})
     with resumable([folder]), progress(runs, "resume") as bar:
-        train(runs, out, Options(**state["options"] | {"minutes": 0}), bar=bar)
+        training.train(runs, out, options, bar=bar)
     print(results([folder]).to_string())
 
 # %% ../nbs/18_cli.ipynb #4e2ff22b
@@ -213,15 +210,15 @@ def quickstart_command(
     out: Out = Path("runs/quickstart"), force: Force = False
 ) -> None:
     """Train softmax, SEQL, sigmoid and EQL on embedded data: minutes on two cores."""
-    runs = [(recipe, 0) for recipe in quickstart()]
-    folders = [run_folder(out, *pair) for pair in runs]
+    runs = [(recipe, 0) for recipe in known.quickstart()]
+    folders = [training.run_folder(out, *pair) for pair in runs]
     with resumable(folders), progress(runs, "quickstart") as bar:
         for pair, folder in zip(runs, folders, strict=True):
             bar.set_description(pair[0].name)
             if force or not (folder / "record.json").is_file():
-                train([pair], out, bar=bar, force=force)
+                training.train([pair], out, bar=bar, force=force)
             else:
-                bar.update(images_in(pair[0], pair[0].iterations))
+                bar.update(training.images_in(pair[0], pair[0].iterations))
     table = results(folders).drop(columns="top5")
     table.index = [recipe.loss for recipe, _ in runs]
     quick_figure(table, out / "quickstart.png")
@@ -262,7 +259,8 @@ def frequencies(
     images: Annotated[str, typer.Option(help="f_j's images: all, annotated")] = "all",
 ) -> None:
     """Class frequencies of a json: groups, tail ratios, and the classes a λ selects."""
-    frequency = ClassFrequency.from_annotations(file, images=images)
+    longtail = require("eql_repro.longtail")
+    frequency = longtail.ClassFrequency.from_annotations(file, images=images)
     print(f"{len(frequency)} classes, {int(frequency.total)} images ({images})")
     for name, members in frequency.groups().items():
         print(f"{name:>9}: {int(members.sum())} classes")

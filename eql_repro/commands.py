@@ -9,19 +9,13 @@ __all__ = ['data_app', 'scenes_app', 'CASES', 'data_check', 'data_download', 'sc
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
-from .bench import in_processes, speed_file, write_speed
-from .counts import require
-from .detect import readable_metrics
-from .evaluation import evaluate_lvis
+from .counts import Later, require
+from .evaluation import evaluate_lvis, readable_metrics
 from .fetch import download
-from .instances import check_data
-from .provenance import provenance
-from .scenes import Scenes, export_scenes
 
 # %% ../nbs/17_commands.ipynb #088fbd41
-typer = require("typer")
+typer, scenes = require("typer"), Later("eql_repro.scenes")
+instances, timing = Later("eql_repro.instances"), Later("eql_repro.bench")
 Folder = Annotated[Path, typer.Argument(help="a folder")]
 
 # %% ../nbs/17_commands.ipynb #0106e094
@@ -34,7 +28,7 @@ def data_check(
     read_images: Annotated[bool, typer.Option(help="open every image too")] = False,
 ) -> None:
     """Say what is there of LVIS and COCO, what is missing, and where to get it."""
-    for part in check_data(folder, read_images=read_images):
+    for part in instances.check_data(folder, read_images=read_images):
         print(part)
 
 # %% ../nbs/17_commands.ipynb #7976a315
@@ -63,7 +57,7 @@ def scenes_export(
     images: Annotated[int | None, typer.Option(help="so many, default all")] = None,
 ) -> None:
     """Write scenes as images and LVIS v0.5 json."""
-    print(export_scenes(folder, Scenes(profile, split), images))
+    print(scenes.export_scenes(folder, scenes.Scenes(profile, split), images))
 
 # %% ../nbs/17_commands.ipynb #81395176
 def evaluate(
@@ -113,10 +107,11 @@ def _checked(cases: list[str], device: str, out: Path | None, force: bool) -> tu
     """Device of the cases that were asked for, and the file of each."""
     if unknown := set(cases) - set(CASES):
         raise ValueError(f"cases: got {unknown.pop()!r}, expected some of {[*CASES]}")
+    torch = require("torch")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', and torch sees no GPU")
     place = torch.device(device)
-    files = {case: speed_file(case, place, out) for case in cases}
+    files = {case: timing.speed_file(case, place, out) for case in cases}
     there = [f for f in files.values() if f.exists() and not force]
     if there:
         raise FileExistsError(f"{there[0]} holds a record; --force replaces it")
@@ -135,11 +130,12 @@ def bench(
 ) -> None:
     """Time the book's parts beside what a user would take instead, and record it."""
     place, files = _checked(cases or list(CASES), device, out, force)
-    made = provenance() | {"processes": processes}  # before a record changes the tree
+    made = require("eql_repro.provenance").provenance()  # before a record is written
+    made["processes"] = processes
     for case, file in files.items():
         module = f"eql_repro.{CASES[case]}"
-        rows = in_processes(module, case, place, small, processes)
-        write_speed(case, rows, place, out, force, **made)
+        rows = timing.in_processes(module, case, place, small, processes)
+        timing.write_speed(case, rows, place, out, force, **made)
         for row in rows:
             ratio = f"{row['ratio']:8.2f} x" if "ratio" in row else " " * 10
             print(f"{ratio}  {row['what']}, {row.get('size', '')}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTION_SETS', 'load_detection_data', 'count_frequency', 'grouped_order', 'flip', 'DetectionBatches',
-           'build_detection_model', 'without_weights', 'finished_run', 'readable_metrics', 'class_metrics', 'pairs',
-           'detect', 'merged', 'strong_rows', 'draw_found', 'first_boxes', 'group_calibration', 'measured', 'Detection']
+           'build_detection_model', 'without_weights', 'finished_run', 'class_metrics', 'pairs', 'detect', 'merged',
+           'strong_rows', 'draw_found', 'first_boxes', 'group_calibration', 'measured', 'Detection']
 
 # %% ../nbs/14_detect.ipynb #4aa1a3e1
 import json
@@ -24,7 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .classify import ORDERS, build_loss, data_folder
 from .detections import DetectionWriter, detections_from, merge_detections
 from .detector import Detector, build_detector
-from .evaluation import detection_calibration, draw_detections, evaluate_lvis
+from eql_repro.evaluation import (
+    detection_calibration,
+    draw_detections,
+    evaluate_lvis,
+    readable_metrics,
+)
 from .fetch import find_part
 from .instances import InstanceSet
 from .longtail import ClassFrequency
@@ -193,19 +198,6 @@ def finished_run(
     return model.eval(), recipe
 
 # %% ../nbs/14_detect.ipynb #68984d11
-def readable_metrics(results: dict[str, dict]) -> dict[str, float]:
-    """Masks as the paper names them (AP, APr …), boxes with "bbox" (APbbox, APbboxr …).
-
-    results: of `evaluate_lvis`. Numbers that do not exist are left out.
-    """
-    rows = {}
-    for kind, values in results.items():
-        start = "APbbox" if kind == "bbox" else "AP"
-        named = {k.replace("AP", start, 1): v for k, v in values.items()}
-        rows |= {k: v for k, v in named.items() if k[:2] == "AP" and v == v}
-    return rows
-
-
 def class_metrics(
     results: dict[str, dict], category_ids: Sequence[int]
 ) -> dict[str, list[float | None]]:

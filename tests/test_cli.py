@@ -71,3 +71,26 @@ def test_frequencies_of_a_real_lvis_file():
     tail = sum(n / len(content["images"]) < 0.02 for n in counts)
     assert f"{len(counts)} classes, {len(content['images'])} images (all)" in out.stdout
     assert f"2.00e-02  {tail:7d}" in out.stdout
+
+
+def test_help_and_evaluation_load_no_torch(tmp_path):
+    pytest.importorskip("hotcoco", reason="needs eql_repro[run]")
+    image = {"id": 1, "height": 9, "width": 9, "neg_category_ids": []}
+    truth = {"images": [image | {"not_exhaustive_category_ids": []}]}
+    truth["categories"] = [{"id": 2, "name": "cup", "frequency": "r"}]
+    row = {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 1, 5, 5], "area": 25}
+    (tmp_path / "truth.json").write_text(json.dumps(truth | {"annotations": [row]}))
+    (tmp_path / "found.json").write_text(json.dumps([row | {"score": 0.5}]))
+    evaluate = "evaluate --ground-truth truth.json --detections found.json --no-masks"
+    code = """
+import sys
+from eql_repro.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules and "torchvision" not in sys.modules
+"""
+    for words, expected in ((["--help"], "quickstart"), (evaluate.split(), "100.00")):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr

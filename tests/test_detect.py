@@ -14,8 +14,8 @@ from torchvision.models import resnet18
 from two_processes import start_pair
 
 from eql_repro.detect import Detection
+from eql_repro.evaluation import evaluate_lvis
 from eql_repro.instances import read_annotations
-from eql_repro.metrics import evaluate_lvis
 from eql_repro.recipe_detect import POCKET
 from eql_repro.training import Options, load_run, train
 
