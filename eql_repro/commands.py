@@ -11,11 +11,11 @@ from typing import Annotated
 
 from .counts import Later, require
 from .evaluation import evaluate_lvis, readable_metrics
-from .fetch import download
 
 # %% ../nbs/17_commands.ipynb #088fbd41
 typer, scenes = require("typer"), Later("eql_repro.scenes")
 instances, timing = Later("eql_repro.instances"), Later("eql_repro.bench")
+fetch = Later("eql_repro.fetch")
 Folder = Annotated[Path, typer.Argument(help="a folder")]
 
 # %% ../nbs/17_commands.ipynb #0106e094
@@ -41,7 +41,7 @@ def data_download(
 ) -> None:
     """Fetch LVIS json and COCO images; goes on where it stopped."""
     parts = ("train2017", "val2017") if images else ()
-    for path in download(folder, version, parts, mirror=mirror, progress=True):
+    for path in fetch.download(folder, version, parts, mirror=mirror, progress=True):
         print(path)
 
 # %% ../nbs/17_commands.ipynb #032c813c

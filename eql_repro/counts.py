@@ -49,13 +49,6 @@ def image_counts(source: str | PathLike | dict) -> dict[int, int]:
         counts[category] += 1
     return counts
 
-# %% ../nbs/01_counts.ipynb #487e9588
-def _choose(table: dict, key: str, name: str):
-    """Look up an option, or raise with the list of what there is."""
-    if key not in table:
-        raise ValueError(f"{name} must be one of {[*table]}, got {key!r}")
-    return table[key]
-
 # %% ../nbs/01_counts.ipynb #7be07dfc
 def require(module: str, extra: str = "run") -> ModuleType:
     """Import `module`, or raise an ImportError that names the extra to install."""

@@ -30,9 +30,8 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, clip_boxes_to_image
 
 # %% ../nbs/12_detector.ipynb #3605f09a
-from .counts import _choose
 from .eql import _wide
-from .longtail import _real
+from .longtail import _choose, _real
 from eql_repro.regions import (
     KeyedSampler,
     anchor_loss,

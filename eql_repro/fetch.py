@@ -20,7 +20,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from .counts import _choose, require
+from .counts import require
+from .longtail import _choose
 
 # %% ../nbs/08_fetch.ipynb #a6270979
 _LVIS = "https://s3-us-west-2.amazonaws.com/dl.fbaipublicfiles.com/LVIS"

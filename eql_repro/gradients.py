@@ -12,8 +12,8 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, distributed, nn
 
-from .counts import _choose, require
-from .longtail import ClassFrequency, _real
+from .counts import require
+from .longtail import ClassFrequency, _choose, _real
 
 # %% ../nbs/02_gradients.ipynb #bc36b076
 def _wide(x: Tensor) -> Tensor:

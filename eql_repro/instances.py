@@ -31,8 +31,8 @@ from eql_repro.annotations import (
     decode_mask,
     read_annotations,
 )
-from .counts import _choose
 from .fetch import IMAGES, SOURCES, count_images, find_part
+from .longtail import _choose
 
 # %% ../nbs/08_instances.ipynb #250f700f
 _COCO_NAME = re.compile(

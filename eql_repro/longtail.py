@@ -16,7 +16,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from .counts import _choose, _read_annotations, image_counts
+from .counts import _read_annotations, image_counts
 
 # %% ../nbs/01_longtail.ipynb #8936e0a2
 def image_frequency(counts: Tensor, total: int | Tensor) -> Tensor:
@@ -176,6 +176,13 @@ def _check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
     if names is not None and len(names) != num_classes:
         raise ValueError(f"names must be {num_classes} names, got {len(names)}")
     return tuple(names or ())
+
+
+def _choose(table: dict, key: str, name: str):
+    """Look up an option, or raise with the list of what there is."""
+    if key not in table:
+        raise ValueError(f"{name} must be one of {[*table]}, got {key!r}")
+    return table[key]
 
 
 def _annotated(source: dict, images: str) -> int:

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from .counts import _choose
 from .eql import _one_hot, _reduce, _wide, equalization_loss
-from .longtail import ClassFrequency, _real, _vector
+from .longtail import ClassFrequency, _choose, _real, _vector
 from .seql import _check_labels
 
 # %% ../nbs/05_rivals.ipynb #36c3ed79

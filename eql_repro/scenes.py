@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .counts import _choose, require
+from .counts import require
 from eql_repro.crops import (
     _check_integer,
     sprite_atlas,
@@ -30,7 +30,7 @@ from eql_repro.crops import (
     textures,
     uniforms,
 )
-from .longtail import ClassFrequency, exponential_counts
+from .longtail import ClassFrequency, _choose, exponential_counts
 
 # %% ../nbs/09_scenes.ipynb #2b656921
 @dataclass(frozen=True)
