@@ -36,7 +36,8 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
         raise TypeError(f"target must be int64 or float, got {target.dtype}")
     if target.shape != logits.shape[:1]:
         want, got = list(logits.shape[:1]), list(target.shape)
-        raise ValueError(f"target must be {want} like logits, got {got}")
+        more = "; several classes a region: float [N, C]" if target.ndim == 2 else ""
+        raise ValueError(f"target must be {want} like logits, got {got}{more}")
     _check_range(target, "target", 0, logits.shape[1])
 
 
@@ -68,7 +69,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_shapes(logits: Tensor, tail: Tensor) -> None:
+def _check_shapes(
+    logits: Tensor, tail: Tensor, hint: str = "background has no logit in this loss"
+) -> None:
     """Raise unless logits are float [N, C] and tail is bool or float, [C] or [N, C]."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
@@ -79,7 +82,7 @@ def _check_shapes(logits: Tensor, tail: Tensor) -> None:
     n, c = logits.shape
     if tail.ndim in (1, 2) and tail.shape[-1] + 1 == c:
         size = f"got {c} logits for {c - 1} classes"
-        raise ValueError(f"logits: {size}; background has no logit in this loss")
+        raise ValueError(f"logits: {size}; {hint}")
     if tail.shape != (c,) and tail.shape != (n, c):
         want = f"[{c}] or [{n}, {c}] to match logits"
         raise ValueError(f"tail must be {want}, got {list(tail.shape)}")
@@ -121,7 +124,8 @@ def equalization_loss(
     [N, C]. `exclude_background`: False means E(r) = 1 for every region.
     `reduction`: "mean" (sum over regions and classes / N), "sum", or "none" [N, C].
     Returns float32 (float64 for float64 logits); the gradient has the logits' type.
-    Raises ValueError or TypeError naming the argument.
+    Raises ValueError or TypeError naming the argument. Values are looked at on the CPU
+    only; elsewhere a label outside [0, C) counts as background.
     """
     _check_shapes(logits, tail)
     lean = reduction in ("mean", "sum") and target.dtype == torch.int64
@@ -138,7 +142,8 @@ class EqualizationLoss(nn.Module):
     """Sigmoid equalization loss with a fixed tail (Eq. 6-7).
 
     `frequency`: a `ClassFrequency`, or frequencies in [0, 1] as a float tensor [C].
-    `lambda_`: at least 0; 0 is plain binary cross-entropy. `threshold`: "step",
+    `lambda_`: at least 0; 0 is plain binary cross-entropy, and the default is for LVIS
+    v0.5. `threshold`: "step",
     "exponential", "gompertz" (Table 3), or a function of (f, lambda_). Others as in
     `equalization_loss`. Buffer `tail`: bool [C] for the step, else float [C].
     `activation`: "sigmoid", what turns the logits into scores.
@@ -162,7 +167,8 @@ class EqualizationLoss(nn.Module):
         self.lambda_, self.reduction = _real(lambda_, "lambda_"), reduction
         self.exclude_background = exclude_background
         tail = tail_of(frequency, lambda_, threshold)
-        self.register_buffer("tail", tail if tail.dtype == torch.bool else tail.float())
+        tail = tail if tail.dtype == torch.bool else tail.float()
+        self.register_buffer("tail", tail, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         options = {"exclude_background": self.exclude_background}
@@ -170,4 +176,5 @@ class EqualizationLoss(nn.Module):
         return equalization_loss(logits, target, self.tail, **options)
 
     def extra_repr(self) -> str:
-        return f"classes={len(self.tail)}, lambda_={self.lambda_:g}"
+        tail = int((self.tail > 0).sum())
+        return f"classes={len(self.tail)}, lambda_={self.lambda_:g}, tail={tail}"

@@ -9,6 +9,7 @@ __all__ = ['image_frequency', 'class_groups', 'exponential_counts', 'threshold_s
 # %% ../nbs/01_longtail.ipynb #327f449d
 import csv
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import resources
 from os import PathLike
@@ -102,9 +103,9 @@ def threshold_step(f: Tensor, lambda_: float) -> Tensor:
 def tail_ratio(counts: Tensor, tail: Tensor) -> float:
     r"""Share of image-category pairs that belong to the tail, TR of Eq. 8.
 
-    `counts`: images per class [C]; `tail`: bool [C]. Returns a fraction.
+    `counts`: images per class [C]; `tail`: bool or float [C]. Returns a fraction.
     """
-    return float(counts[tail].sum()) / max(float(counts.sum()), 1.0)
+    return float((counts * tail).sum()) / max(float(counts.sum()), 1.0)
 
 # %% ../nbs/01_longtail.ipynb #e9c31639
 def _lambda_for(counts: Tensor, total: int | Tensor, count, ratio) -> float:
@@ -309,7 +310,7 @@ class ClassFrequency:
         """ImageNet-LT train: 115,846 images of 1,000 classes."""
         return cls([int(row["train_count"]) for row in _read_table("imagenet_lt")])
 
-# %% ../nbs/01_longtail.ipynb #76839e8d
+# %% ../nbs/01_longtail.ipynb #361943cd
 _THRESHOLDS = {
     "step": threshold_step,
     "exponential": threshold_exponential,
@@ -317,6 +318,19 @@ _THRESHOLDS = {
 }
 
 
+def _shares(frequency: ClassFrequency | Tensor) -> Tensor:
+    """The frequencies [C] themselves."""
+    f = getattr(frequency, "f", frequency)
+    if not isinstance(f, Tensor) or not f.is_floating_point():
+        raise TypeError("frequency must be a ClassFrequency or a float tensor [C]")
+    if f.ndim != 1 or not len(f):
+        raise ValueError(f"frequency must be [C], got {list(f.shape)}")
+    if not ((f >= 0) & (f <= 1)).all():
+        got = f"{f.min():g} to {f.max():g}"
+        raise ValueError(f"frequency must be in [0, 1], got {got}; not counts")
+    return f
+
+# %% ../nbs/01_longtail.ipynb #76839e8d
 def tail_of(
     frequency: ClassFrequency | Tensor,
     lambda_: float,
@@ -327,13 +341,10 @@ def tail_of(
     `frequency`: a `ClassFrequency`, or frequencies in [0, 1] as a float tensor [C].
     `threshold`: "step" (gives bool), "exponential" or "gompertz" (give float in
     [0, 1]), or a function of (f, lambda_) that returns one of the two, [C].
-    Raises ValueError or TypeError naming the argument (Eq. 7, Table 3).
+    Raises ValueError or TypeError naming the argument; warns where λ > 0 leaves the
+    tail empty (Eq. 7, Table 3).
     """
-    lambda_, f = _real(lambda_, "lambda_"), getattr(frequency, "f", frequency)
-    if not isinstance(f, Tensor) or not f.is_floating_point():
-        raise TypeError("frequency must be a ClassFrequency or a float tensor [C]")
-    if f.ndim != 1 or not len(f) or not ((f >= 0) & (f <= 1)).all():
-        raise ValueError(f"frequency must be [C], all in [0, 1], got {list(f.shape)}")
+    lambda_, f = _real(lambda_, "lambda_"), _shares(frequency)
     if not callable(threshold):
         threshold = _choose(_THRESHOLDS, threshold, "threshold")
     tail = threshold(f, lambda_)
@@ -341,4 +352,8 @@ def tail_of(
         raise ValueError(f"threshold must return a tensor {list(f.shape)}")
     if not ((tail >= 0) & (tail <= 1)).all():
         raise ValueError("threshold must return values in [0, 1]")
+    if lambda_ > 0 and not tail.any():
+        warnings.warn(
+            f"lambda_={lambda_:g}: no class is rarer, the tail is empty", stacklevel=3
+        )
     return tail

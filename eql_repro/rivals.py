@@ -248,7 +248,7 @@ class ClassWeightedLoss(_Loss):
             weights = inverse_frequency_weights(weights, power)
         elif power != 1:
             raise ValueError(f"power must be 1 for given weights, got {power!r}")
-        self.register_buffer("weights", _class_weights(weights))
+        self.register_buffer("weights", _class_weights(weights), persistent=False)
 
     def terms(self, logits: Tensor, target: Tensor) -> Tensor:
         options = {"form": self.form, "gamma": self.gamma}
@@ -299,7 +299,8 @@ class BalancedSoftmaxLoss(_Loss):
     ):
         super().__init__(reduction=reduction)
         self.tau, n = _real(tau, "tau"), _counts_of(frequency)
-        self.register_buffer("log_prior", (n / n.sum()).log().float())
+        log_prior = (n / n.sum()).log().float()
+        self.register_buffer("log_prior", log_prior, persistent=False)
 
     def terms(self, logits: Tensor, target: Tensor) -> Tensor:
         return balanced_softmax_terms(logits, target, self.log_prior, tau=self.tau)
@@ -361,8 +362,8 @@ class LDAMLoss(_Loss):
             weights = effective_number_weights(frequency)
         if len(w := _class_weights(weights)) != (c := len(margins)):
             raise ValueError(f"weights must be [{c}] like frequency, got [{len(w)}]")
-        self.register_buffer("margins", margins.float())
-        self.register_buffer("weights", w)
+        self.register_buffer("margins", margins.float(), persistent=False)
+        self.register_buffer("weights", w, persistent=False)
         self.register_buffer("reweighting", torch.tensor(False))
 
     def start_reweighting(self) -> None:

@@ -110,7 +110,7 @@ def softmax_equalization_loss(
     Returns float32 (float64 for float64 logits); the gradient has the logits' type.
     Raises ValueError or TypeError naming the argument.
     """
-    _check_shapes(logits, tail)
+    _check_shapes(logits, tail, "a class for background needs an entry in tail too")
     _check_labels(target, logits)
     lean = reduction in ("mean", "sum") and tail.dtype == torch.bool
     lean = lean and fills_a_block(logits)
@@ -156,7 +156,8 @@ class SoftmaxEqualizationLoss(nn.Module):
         self.gamma = _real(gamma, "gamma", high=1)
         self.generator, self.per_sample = generator, per_sample
         tail = tail_of(frequency, lambda_, threshold)
-        self.register_buffer("tail", tail if tail.dtype == torch.bool else tail.float())
+        tail = tail if tail.dtype == torch.bool else tail.float()
+        self.register_buffer("tail", tail, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         options = {"gamma": self.gamma, "generator": self.generator}
@@ -165,4 +166,4 @@ class SoftmaxEqualizationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         size = f"classes={len(self.tail)}, lambda_={self.lambda_:g}"
-        return f"{size}, gamma={self.gamma:g}"
+        return f"{size}, tail={int((self.tail > 0).sum())}, gamma={self.gamma:g}"

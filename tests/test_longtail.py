@@ -176,7 +176,11 @@ ERRORS = {
     ),
     "a list": (lambda: ClassFrequency.from_annotations([]), TypeError, "source.*list"),
     "counts as f": (lambda: tail_of(torch.tensor([3]), 1), TypeError, "frequency"),
-    "f above 1": (lambda: tail_of(torch.tensor([3.0]), 1), ValueError, "frequency"),
+    "f above 1": (
+        lambda: tail_of(torch.tensor([3.0]), 1),
+        ValueError,
+        "3 to 3.*counts",
+    ),
     "f nan": (lambda: tail_of(torch.tensor([math.nan]), 1), ValueError, "frequency"),
     "threshold": (lambda: tail_of(torch.ones(1), 1, "x"), ValueError, "threshold"),
     "shape": (

@@ -182,12 +182,12 @@ def test_on_a_gpu_without_synchronisation(case):
 def test_the_tail_is_a_buffer(make, threshold):
     loss = make(threshold=threshold)
     dtype = torch.bool if threshold == "step" else torch.float32
-    assert [*loss.state_dict()] == ["tail"] and loss.tail.dtype == dtype
-    other = type(loss)(FREQUENCY, 0)
-    assert not other.tail.any()
-    if threshold == "step":
-        other.load_state_dict(loss.state_dict())
-        assert torch.equal(other.tail, loss.tail)
+    assert not loss.state_dict() and loss.tail.dtype == dtype
+    tail = loss.tail.clone()
+    loss.load_state_dict(type(loss)(FREQUENCY, 0).state_dict())  # of another λ
+    assert torch.equal(loss.tail, tail) and f"tail={int((tail > 0).sum())}" in repr(
+        loss
+    )
     assert torch.equal(copy.deepcopy(loss).half().tail.bool(), loss.tail.bool())
 
 
@@ -554,6 +554,11 @@ ERRORS = {
     ),
     "float labels": (lambda: equalization_loss(Z, L + 0.0, TAIL), ValueError, "target"),
     "soft 2": (lambda: equalization_loss(Z, Z + 2, TAIL), ValueError, "target.*2"),
+    "many-hot": (
+        lambda: equalization_loss(Z, torch.ones(2, C).long(), TAIL),
+        ValueError,
+        "target.*several classes a region: float",
+    ),
     "float": (lambda: softmax_equalization_loss(Z, Z, TAIL), TypeError, "target"),
     "lambda": (lambda: EqualizationLoss(FREQUENCY, -1), ValueError, "lambda_.*-1"),
     "lambda inf": (

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import same_numbers
+import torch
 from book import ROOT
 
 pytest.importorskip("resvg_py", reason="needs eql_repro[run]")
@@ -32,6 +33,17 @@ def test_edits_that_leave_the_numbers_and_edits_that_do_not(tmp_path):
     assert before != after
     with pytest.raises(RuntimeError, match="other .*weight"):
         same_numbers.compare([plain, other_steps], *question)
+
+
+def test_constants_of_the_loss_may_be_saved_or_not(tmp_path):
+    for name, extra in {"old": "class_loss.tail", "new": "", "wrong": "bias"}.items():
+        (tmp_path / name).mkdir()
+        state = {"weight": torch.ones(2)} | ({extra: torch.ones(1)} if extra else {})
+        torch.save(state, tmp_path / name / "weights.pt")
+        (tmp_path / name / "record.json").write_text("{}")
+    folder = tmp_path / "old"
+    assert same_numbers.difference(folder, tmp_path / "new") == ""
+    assert same_numbers.difference(folder, tmp_path / "wrong") == "names of weights"
 
 
 def test_a_run_that_fails_says_why(tmp_path):

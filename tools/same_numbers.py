@@ -50,12 +50,17 @@ def ask(tree: Path, work: Path, recipe: str, iterations: int = 0, out: str = "")
 
 
 def difference(before: Path, after: Path) -> str:
-    """What differs between two finished runs; "" for nothing."""
-    weights = [torch.load(f / "weights.pt", weights_only=True) for f in (before, after)]
-    if weights[0].keys() != weights[1].keys():
+    """What differs between two finished runs; "" for nothing.
+
+    A constant of the class loss may stand in the weights of one side alone.
+    """
+    old, new = (
+        torch.load(f / "weights.pt", weights_only=True) for f in (before, after)
+    )
+    if [name for name in old.keys() ^ new.keys() if "class_loss." not in name]:
         return "names of weights"
-    for name, value in weights[0].items():
-        if not torch.equal(value, weights[1][name]):
+    for name in [name for name in old if name in new]:
+        if not torch.equal(old[name], new[name]):
             return name
     records = [json.loads((f / "record.json").read_text()) for f in (before, after)]
     differ = [k for k in RESULTS if records[0].get(k) != records[1].get(k)]
