@@ -110,10 +110,17 @@ DATA_SETS: dict[str, Callable] = {
 def load_data(recipe: Recipe, data: str | None = None) -> tuple[ImageSet, ...]:
     """A recipe's (training, watched, test) images; data: folder, else EQL_DATA.
 
-    Raises ValueError where a folder is needed and not given, FileNotFoundError where
-    the data is not there.
+    Raises ValueError where a folder is needed and not given or the classes are others
+    than the recipe's, FileNotFoundError where the data is not there.
     """
-    return DATA_SETS[recipe.data](recipe, data)
+    parts = DATA_SETS[recipe.data](recipe, data)
+    for part in parts:
+        if part.num_classes != recipe.num_classes:
+            raise ValueError(
+                f"num_classes of recipe {recipe.name!r}: got {recipe.num_classes}, the "
+                f"data has {part.num_classes}"
+            )
+    return parts
 
 # %% ../nbs/14_classify.ipynb #d185efe4
 _Labels = Tensor | Sequence  # of each image: one class, or several

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'SHARED', 'log', 'watch', 'thin', 'metered', 'images_in', 'speed', 'build_record', 'finish', 'load_run',
-           'Options', 'check_runs', 'run_folder', 'open_folder', 'Interrupted', 'stop_signals', 'should_stop',
-           'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'devices_of', 'write_start', 'lost_process',
-           'train']
+           'Options', 'check_runs', 'run_folder', 'discard', 'open_folder', 'unfinished', 'Interrupted', 'stop_signals',
+           'should_stop', 'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'devices_of', 'write_start',
+           'lost_process', 'train']
 
 # %% ../nbs/14_training.ipynb #e2f7880b
 import json
@@ -40,7 +40,13 @@ from eql_repro.lanes import (
     save_checkpoint,
     step,
 )
-from .provenance import device_name, provenance, write_file, write_json
+from eql_repro.provenance import (
+    device_name,
+    provenance,
+    sole_use,
+    write_file,
+    write_json,
+)
 from .recipe import Recipe, run_source
 
 # %% ../nbs/14_training.ipynb #d066e7b1
@@ -150,7 +156,7 @@ def finish(lane: Lane, accelerator: Any, workers: int = 0) -> None:
     weights = accelerator.unwrap_model(lane.model).state_dict()
     write_file(lane.folder / "weights.pt", lambda part: torch.save(weights, part))
     write_json(lane.folder / "record.json", record)
-    for path in lane.folder.glob("checkpoint*.pt"):
+    for path in lane.folder.glob("checkpoint*"):
         path.unlink()
 
 # %% ../nbs/14_training.ipynb #503879ce
@@ -208,6 +214,8 @@ def check_runs(runs: Sequence[tuple[Recipe, int]], processes: int = 1) -> None:
                 f"runs: {first.name!r} and {recipe.name!r} differ in {differ[0]} and "
                 "cannot share a process"
             )
+    if len({(recipe.name, seed) for recipe, seed in runs}) < len(runs):
+        raise ValueError("runs: two have the same name and seed, so the same folder")
     for name in ("batch", "background"):
         if getattr(first, name) % processes:
             raise ValueError(f"{name}: cannot be split over {processes} processes")
@@ -217,18 +225,20 @@ def run_folder(out: str | Path, recipe: Recipe, seed: int) -> Path:
     """The folder of one run: out/<recipe>-s<seed>."""
     return Path(out) / f"{recipe.name}-s{seed}"
 
+
+def discard(folder: Path) -> None:
+    """Remove what a run left in its folder."""
+    names = ("record.json", "run.json", "weights.pt", "failed.pt")
+    for path in [*map(folder.joinpath, names), *folder.glob("checkpoint*")]:
+        path.unlink(missing_ok=True)
+
 # %% ../nbs/14_training.ipynb #a9e810f8
-def open_folder(folder: Path, recipe: Recipe, seed: int, force: bool = False) -> None:
+def open_folder(folder: Path, recipe: Recipe) -> None:
     """Check that a run's folder is new, or holds the same run unfinished.
 
-    force: discard what is there. Raises FileExistsError for a finished run, ValueError
-    where another recipe began in it.
+    Raises ValueError where another recipe began in it, FileExistsError for a finished
+    run.
     """
-    for name in ("record.json", "checkpoint.pt", "run.json", "weights.pt", "failed.pt"):
-        if force:
-            (folder / name).unlink(missing_ok=True)
-    if (folder / "record.json").is_file():
-        raise FileExistsError(f"{folder} holds a finished run; --force replaces it")
     if (folder / "run.json").is_file():
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
         wanted = json.loads(json.dumps(asdict(recipe)))
@@ -238,6 +248,27 @@ def open_folder(folder: Path, recipe: Recipe, seed: int, force: bool = False) ->
                     f"{folder} holds a run with another {name}: {found.get(name)!r}, "
                     f"now {wanted[name]!r}; --force replaces it"
                 )
+    if (folder / "record.json").is_file():
+        raise FileExistsError(f"{folder} holds a finished run; --force replaces it")
+
+# %% ../nbs/14_training.ipynb #eecafaff
+def unfinished(
+    runs: Sequence[tuple[Recipe, int]], out: str | Path
+) -> list[tuple[Recipe, int]]:
+    """The runs that have no record yet; see `open_folder` for what it raises.
+
+    Some may be finished, as after a kill between two records; not all of them.
+    """
+    left, finished = [], None
+    for recipe, seed in runs:
+        try:
+            open_folder(run_folder(out, recipe, seed), recipe)
+            left.append((recipe, seed))
+        except FileExistsError as error:
+            finished = error
+    if finished and not left:
+        raise finished
+    return left
 
 # %% ../nbs/14_training.ipynb #bb09a3a4
 class Interrupted(KeyboardInterrupt):
@@ -275,11 +306,21 @@ def should_stop(stop: threading.Event, saving: bool, accelerator: Any) -> bool:
     flag = torch.tensor([float(stop.is_set())], device=accelerator.device)
     return accelerator.gather(flag).sum().item() > 0
 
-# %% ../nbs/14_training.ipynb #bf5a5cdd
-def _ignore_interrupt(worker: int) -> None:
+
+def _ignore_signals(worker: int) -> None:
+    """In a worker: the main process alone decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _open_more_files() -> None:
+    """Raise the soft limit: each tensor that a worker sends is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+# %% ../nbs/14_training.ipynb #bf5a5cdd
 def batch_stream(
     lanes: Sequence[Lane], accelerator: Any, workers: int = 0
 ) -> Iterator[tuple]:
@@ -294,12 +335,13 @@ def batch_stream(
     if not workers:
         yield from (send_to_device(batches[t], accelerator.device) for t in todo)
         return
+    _open_more_files()
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=todo,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
     )
     yield from (send_to_device(batch, accelerator.device) for batch in loader)
 
@@ -323,7 +365,9 @@ def run_lanes(
                     bar.update(images_in(lane.recipe, 1))
                 lane.minutes += (time.monotonic() - began) / 60
                 began = time.monotonic()
-            saving = t % options.checkpoint_every == 0
+            saving = (
+                t % options.checkpoint_every == 0 or t == lanes[0].recipe.iterations
+            )
             halt = should_stop(stop, saving, accelerator)
             for lane in lanes if saving or halt else ():
                 save_checkpoint(lane, accelerator, options.keep)
@@ -391,6 +435,20 @@ def lost_process(processes: int) -> Iterator[None]:
             f"last checkpoint ({str(error).splitlines()[0]})"
         ) from error
 
+
+def _open_lanes(
+    runs: Sequence, out: str | Path, options: Options, task: Any, accelerator: Any,
+    bar: Any,
+) -> list[Lane]:  # fmt: skip
+    """The lanes of these runs, each from its checkpoint where there is one."""
+    folders = [run_folder(out, *run) for run in runs]
+    pairs = zip(runs, folders, strict=True)
+    lanes = [open_lane(*run, folder, task, accelerator) for run, folder in pairs]
+    for lane in lanes:
+        write_start(lane, options, accelerator)
+        bar.update(images_in(lane.recipe, lane.iteration))
+    return lanes
+
 # %% ../nbs/14_training.ipynb #d58e3f75
 def train(
     runs: Sequence[tuple[Recipe, int]],
@@ -403,22 +461,23 @@ def train(
     """Train (recipe, seed) pairs side by side; returns their folders in `out`.
 
     bar: an object with `update(images)`; force: discard what stands in the folders.
-    An unfinished run continues. Raises ValueError or FileExistsError before any work,
-    FloatingPointError where a loss is not finite, Interrupted after Ctrl-C or SIGTERM,
-    ConnectionError where another process of the run is gone.
+    An unfinished run continues; a finished one beside it stays as it is. Raises
+    ValueError, FileExistsError or, for a folder in use, BlockingIOError before any
+    work, FloatingPointError where a loss is not finite, Interrupted after Ctrl-C or
+    SIGTERM, ConnectionError where another process of the run is gone.
     """
     accelerator = open_accelerator(runs, out, options)
     bar = bar or require("tqdm").tqdm(disable=True)
     folders = [run_folder(out, *run) for run in runs]
     with accelerator.main_process_first():
-        for folder, run in zip(folders, runs, strict=True):
-            open_folder(folder, *run, force and accelerator.is_main_process)
-        task, lanes = TASKS[runs[0][0].data](runs[0][0], options.data), []
-    for folder, run in zip(folders, runs, strict=True):
-        lanes.append(open_lane(*run, folder, task, accelerator))
-        write_start(lanes[-1], options, accelerator)
-        bar.update(images_in(run[0], lanes[-1].iteration))
-    with lost_process(accelerator.num_processes):
+        runs = runs if force else unfinished(runs, out)
+        task = TASKS[runs[0][0].data](runs[0][0], options.data)
+    own = [run_folder(out, *run) for run in runs] if accelerator.is_main_process else []
+    with sole_use(own), lost_process(accelerator.num_processes):
+        for folder in own if force else ():
+            discard(folder)
+        accelerator.wait_for_everyone()
+        lanes = _open_lanes(runs, out, options, task, accelerator, bar)
         run_lanes(lanes, accelerator, options, bar)
         for lane in lanes:
             finish(lane, accelerator, options.workers)

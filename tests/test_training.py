@@ -4,16 +4,20 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from two_processes import start_pair
 
-from eql_repro.classify import load_data
+from eql_repro import training
+from eql_repro.classify import DATA_SETS, load_data
+from eql_repro.provenance import sole_use
 from eql_repro.recipe import Recipe
 from eql_repro.training import Interrupted, Options, run_folder, train
 
@@ -70,7 +74,7 @@ def test_ten_kills_leave_no_trace(tmp_path, whole):
         process.start()
         if in_save:
             process.join(120)
-            assert (folder / "checkpoint.pt.part").is_file(), "not killed in a save"
+            assert [*folder.glob("checkpoint.pt.*.part")], "not killed in a save"
         else:
             target = before + chance.randint(1, 8)
             while iteration(folder) < target:
@@ -117,6 +121,67 @@ def test_interrupt_leaves_a_resumable_run(tmp_path, whole):
     assert iteration(folder) == 30
     train([(TINY, 0)], tmp_path)
     assert equal(weights(folder), weights(whole))
+
+
+def test_a_finished_run_stays_beside_an_unfinished_one(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / whole.name)
+    before = (whole / "record.json").read_text()
+    small = replace(TINY, name="small", iterations=2, warmup=0, milestones=())
+    train([(small, 0)], tmp_path)
+    folders = train([(small, 0), (small, 1)], tmp_path)
+    assert [(f / "record.json").is_file() for f in folders] == [True, True]
+    assert (tmp_path / whole.name / "record.json").read_text() == before
+
+
+def test_force_discards_nothing_before_the_data_is_there(tmp_path, monkeypatch, whole):
+    folder = shutil.copytree(whole, tmp_path / "cifar-s0")
+    monkeypatch.delenv("EQL_DATA", raising=False)
+    cifar = replace(TINY, name="cifar", data="cifar100_lt", num_classes=100)
+    with pytest.raises(ValueError, match="EQL_DATA"):
+        train([(cifar, 0)], tmp_path, force=True)
+    assert (folder / "record.json").is_file() and (folder / "weights.pt").is_file()
+    (folder / "checkpoint-900.pt").touch()  # of a longer run that is no more
+    short = replace(TINY, name="cifar", iterations=2, warmup=0, milestones=())
+    train([(short, 0)], tmp_path, force=True)
+    assert json.loads((folder / "record.json").read_text())["iterations"] == 2
+    assert not [*folder.glob("checkpoint*")]
+
+
+def test_a_failed_evaluation_loses_no_step(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    small = replace(TINY, name="small", iterations=3, warmup=0, milestones=())
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", fail)
+        with pytest.raises(OSError, match="no space"):
+            train([(small, 0)], tmp_path)
+    assert iteration(run_folder(tmp_path, small, 0)) == 3
+    train([(small, 0)], tmp_path)
+    assert (tmp_path / "small-s0" / "record.json").is_file()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with sole_use([run_folder(tmp_path, TINY, 0)]):
+        with pytest.raises(BlockingIOError, match="tiny-s0 is in use"):
+            train([(TINY, 0)], tmp_path)
+
+
+def test_other_classes_than_the_data_has_are_refused(monkeypatch):
+    data = (SimpleNamespace(num_classes=100),)
+    monkeypatch.setitem(DATA_SETS, "crops", lambda *_: data)
+    with pytest.raises(ValueError, match="num_classes of recipe 'tiny': got 7, .* 100"):
+        load_data(replace(TINY, num_classes=7))
+
+
+def test_a_worker_leaves_signals_to_the_main_process():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        training._ignore_signals(0)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def test_finished_run_is_not_overwritten(tmp_path, whole):
