@@ -11,9 +11,18 @@ pytest.importorskip("resvg_py", reason="needs eql_repro[run]")
 pytest.importorskip("accelerate", reason="needs eql_repro[run]")
 
 
+SMALL = """
+RECIPES["small"] = replace(
+    RECIPES["crops_eql_alone"], name="small", num_classes=10, imbalance=20, batch=8
+)
+"""
+
+
 def tree(folder, old="", new=""):
-    """A copy of the package with one edit in the training step."""
+    """A copy of the package with a small recipe and one edit in the training step."""
     shutil.copytree(ROOT / "eql_repro", folder / "eql_repro")
+    with open(folder / "eql_repro" / "recipes.py", "a") as file:
+        file.write("\nfrom dataclasses import replace\n" + SMALL)
     file = folder / "eql_repro" / "lanes.py"
     text = file.read_text()
     assert old in text
@@ -28,7 +37,7 @@ def test_edits_that_leave_the_numbers_and_edits_that_do_not(tmp_path):
         tmp_path / "words", line, "    todo = lane.optimizer\n    todo.step()\n"
     )
     other_steps = tree(tmp_path / "steps", line, 2 * line)
-    question = tmp_path, "crops_eql_alone", 20
+    question = tmp_path, "small", 20
     before, after = same_numbers.compare([plain, other_words], *question)
     assert before != after
     with pytest.raises(RuntimeError, match="other .*weight"):
@@ -49,7 +58,7 @@ def test_constants_of_the_loss_may_be_saved_or_not(tmp_path):
 def test_a_run_that_fails_says_why(tmp_path):
     broken = tree(tmp_path / "broken", "def learning_rate(", "def learning_rat(")
     with pytest.raises(RuntimeError, match="learning_rate"):
-        same_numbers.compare([broken, broken], tmp_path, "crops_eql_alone", 2)
+        same_numbers.compare([broken, broken], tmp_path, "small", 2)
 
 
 def test_rows_are_added(tmp_path):
