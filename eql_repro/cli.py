@@ -155,7 +155,9 @@ def run(
     options = training.Options(*counts)
     if missing:
         work = require("eql_repro.missing").work_down
-        return print(*work(minutes, out, options, together=together), sep="\n")
+        with resumable(out.glob("*")):
+            print(*work(minutes, out, options, together=together), sep="\n")
+        return
     options = replace(options, minutes=minutes)
     runs = [(known.find_recipe(name), s) for name in recipes for s in seed]
     folders = [training.run_folder(out, *pair) for pair in runs]

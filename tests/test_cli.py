@@ -94,3 +94,31 @@ finally:
         command = [sys.executable, "-c", code, *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+def test_interrupt_ends_the_whole_list_of_missing_runs(tmp_path):
+    code = """
+import signal
+from dataclasses import replace
+from my import slow
+import eql_repro.missing as module
+from eql_repro.cli import main
+class Table:
+    recipe, seed = ["slow", "other"], [0, 0]
+module.missing = lambda folder: Table
+module.RECIPES = {"slow": slow, "other": replace(slow, name="other", iterations=200)}
+save = module.train.__globals__["save_checkpoint"]
+signals = iter([signal.SIGTERM])
+def stop(*arguments):
+    save(*arguments)
+    for number in signals:
+        signal.raise_signal(number)
+module.train.__globals__["save_checkpoint"] = stop
+main("run --missing --minutes 9 --checkpoint-every 2".split())
+"""
+    (tmp_path / "my.py").write_text(RECIPE)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "eql resume runs/slow-s0" in done.stderr
+    assert "time is up" not in done.stdout and not (tmp_path / "runs/other-s0").exists()
