@@ -92,7 +92,7 @@ def _is_text(x) -> bool:
 def _is_list(x) -> bool:
     return x is None or isinstance(x, (list, tuple))
 
-# %% ../nbs/08_annotations.ipynb #d951a0c7
+
 _SETS = ("neg_category_ids", "not_exhaustive_category_ids")
 _FIELDS = (  # list, field, what it must be, in words, what an absent one is
     ("images", "height", _is_size, "a whole number above 0", None),

@@ -127,7 +127,7 @@ def _paper_ap(recipes: Iterable[Any]) -> dict[str, float]:
     rows = {r.name: book.paper_row(r) for r in recipes if here}
     return {k: records.paper_value(*row, "AP") for k, row in rows.items() if row}
 
-
+# %% ../nbs/18_cli.ipynb #b38b7597
 @app.command(name="recipes")
 def recipes_command() -> None:
     """List the recipes: what sets each apart; for LVIS, its cost and the paper's AP.
@@ -166,6 +166,12 @@ def _fetched(recipe: Any, root: str) -> str:
     require("eql_repro.images").cifar100_lt(root, split="test", download=True)
     return root
 
+# %% ../nbs/18_cli.ipynb #39b41d95
+def _work_down(minutes: float, out: Path, options: Any, together: int) -> None:
+    work = require("eql_repro.missing").work_down
+    with resumable(out.glob("*")):
+        print(*work(minutes, out, options, together=together), sep="\n")
+
 # %% ../nbs/18_cli.ipynb #02f5d1f3
 @app.command()
 def run(
@@ -184,10 +190,7 @@ def run(
         raise ValueError("recipes: give names, or --missing --minutes N")
     options = training.Options(*counts)
     if missing:
-        work = require("eql_repro.missing").work_down
-        with resumable(out.glob("*")):
-            print(*work(minutes, out, options, together=together), sep="\n")
-        return
+        return _work_down(minutes, out, options, together)
     options = replace(options, minutes=minutes)
     runs = [(known.find_recipe(name), s) for name in recipes for s in seed]
     folders = [training.run_folder(out, *pair) for pair in runs]

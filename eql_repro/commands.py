@@ -20,8 +20,10 @@ instances, timing = Later("eql_repro.instances"), Later("eql_repro.bench")
 fetch = Later("eql_repro.fetch")
 Folder = Annotated[Path, typer.Argument(help="a folder")]
 
-# %% ../nbs/17_commands.ipynb #0106e094
+# %% ../nbs/17_commands.ipynb #fa72e51b
 BROKEN = re.compile("^broken: |; image files unusable: ")  # in a part's state
+
+# %% ../nbs/17_commands.ipynb #0106e094
 data_app = typer.Typer(no_args_is_help=True, help="LVIS and COCO on disk.")
 
 
@@ -67,6 +69,12 @@ def scenes_export(
     """Write scenes as images and LVIS v0.5 json."""
     print(scenes.export_scenes(folder, scenes.Scenes(profile, split), images))
 
+# %% ../nbs/17_commands.ipynb #3cb7f07d
+def _refuse(options: dict[str, object], what: str) -> None:
+    """Raise ValueError naming the options that were given where none applies."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: not for the evaluation of {what}")
+
 # %% ../nbs/17_commands.ipynb #81395176
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="a finished run")] = None,
@@ -84,9 +92,7 @@ def evaluate(
     of_files = {"--ground-truth": ground_truth, "--detections": detections}
     of_files |= {"--engine": engine, "--masks/--no-masks": masks}
     others = of_files if folder is not None else {"--data": data}
-    if given := [name for name, value in others.items() if value is not None]:
-        what = "two files" if folder is None else "a run"
-        raise ValueError(f"{', '.join(given)}: not for the evaluation of {what}")
+    _refuse(others, "two files" if folder is None else "a run")
     if folder is not None:
         found = require("eql_repro.predict").evaluate_run(folder, data)["metrics"]
     else:
