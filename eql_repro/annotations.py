@@ -68,8 +68,8 @@ def _by_id(rows: list[dict], kind: str) -> dict[int, dict]:
 
 # %% ../nbs/08_annotations.ipynb #e364b8fb
 def _check_listed(who: str, ids: Iterable, listed: dict, kind: str) -> None:
-    if unknown := set(ids) - listed.keys():
-        which = _few(sorted(unknown, key=str))
+    if unknown := {str(i) for i in ids if not (isinstance(i, Real) and i in listed)}:
+        which = _few(sorted(unknown))
         raise ValueError(f"{who}: {kind} that are not listed: {which}")
 
 # %% ../nbs/08_annotations.ipynb #1c3d0558
@@ -84,12 +84,24 @@ def _is_size(x) -> bool:
 def _is_box(x) -> bool:
     return isinstance(x, (list, tuple)) and len(x) == 4 and all(map(_is_number, x))
 
-# %% ../nbs/08_annotations.ipynb #d951a0c7
+
+def _is_text(x) -> bool:
+    return x is None or isinstance(x, str)
+
+
+def _is_list(x) -> bool:
+    return x is None or isinstance(x, (list, tuple))
+
+
+_SETS = ("neg_category_ids", "not_exhaustive_category_ids")
 _FIELDS = (  # list, field, what it must be, in words, what an absent one is
     ("images", "height", _is_size, "a whole number above 0", None),
     ("images", "width", _is_size, "a whole number above 0", None),
     ("annotations", "bbox", _is_box, "four numbers", None),
     ("annotations", "area", _is_number, "a number", 0),
+    ("images", "file_name", _is_text, "text", None),
+    ("images", "coco_url", _is_text, "text", None),
+    *(("images", key, _is_list, "a list", None) for key in _SETS),
 )
 
 # %% ../nbs/08_annotations.ipynb #c5e708d6
@@ -100,9 +112,6 @@ def _check_fields(data: dict) -> None:
             raise ValueError(f"{kind}: {key!r} must be {words}: {got}")
 
 # %% ../nbs/08_annotations.ipynb #42a69f93
-_SETS = ("neg_category_ids", "not_exhaustive_category_ids")
-
-
 def _checked(data: dict) -> tuple[dict, dict]:
     """Categories by rising id, and images by id; raise for what contradicts itself."""
     images, categories = (_by_id(data[k], k) for k in ("images", "categories"))
@@ -110,10 +119,10 @@ def _checked(data: dict) -> tuple[dict, dict]:
     for key, listed in (("image_id", images), ("category_id", categories)):
         owners = (row.get(key) for row in rows)
         _check_listed("annotations", owners, listed, f"{key}s")
+    _check_fields(data)
     for key in _SETS:
         ids = (i for row in images.values() for i in row.get(key) or ())
         _check_listed(key, ids, categories, "category_ids")
-    _check_fields(data)
     return dict(sorted(categories.items())), images
 
 # %% ../nbs/08_annotations.ipynb #4c8902f7
@@ -221,15 +230,17 @@ def _record(image: dict, rows: list[dict], masks: bool, counted: Counter) -> Rec
 
 # %% ../nbs/08_annotations.ipynb #661eeeca
 def _file_name(row: dict) -> str:
-    name = row.get("file_name") or "/".join(row.get("coco_url", "").split("/")[-2:])
+    name = row.get("file_name") or "/".join((row.get("coco_url") or "").split("/")[-2:])
     if not name:
         raise ValueError(f"images: id {row['id']} has no 'file_name' and no 'coco_url'")
     return name
 
 # %% ../nbs/08_annotations.ipynb #a9a84042
-def _pack(data: dict, masks: bool, counted: Counter) -> dict:
-    """The fields of `Annotations` that come image by image."""
-    categories, images = _checked(data)
+def _pack(
+    data: dict, checked: tuple[dict, dict], masks: bool, counted: Counter
+) -> dict:
+    """The fields of `Annotations` that come image by image; checked: by `_checked`."""
+    categories, images = checked
     labels, shown = {i: label for label, i in enumerate(categories)}, []
     rows = {i: [] for i in images}
     for row in data["annotations"]:
@@ -295,9 +306,9 @@ def read_annotations(source: str | PathLike | dict) -> Annotations:
     file that is not whole or contradicts itself, TypeError for another source.
     """
     data, counted = _load(source), Counter()
-    rows = data["annotations"]
+    rows, checked = data["annotations"], _checked(data)
     masks = not rows or any(row.get("segmentation") for row in rows)
-    fields = _pack(data, masks, counted)
+    fields = _pack(data, checked, masks, counted)
     fields["frequency"] = ClassFrequency.from_annotations(data)
     counted = {kind: count for kind, count in counted.items() if kind and count}
     for kind, count in counted.items():

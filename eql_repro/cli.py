@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from . import __version__
 from .commands import bench, data_app, evaluate, predict, scenes_app
 from .counts import Later, require
 
@@ -60,14 +61,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Equalization Loss (Tan et al., CVPR 2020): run the book's experiments.",
 )
-app.callback()(lambda: None)  # commands by name, even if there were only one
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point of `eql`: exit code 0, 2 for an error, 130 after Ctrl-C."""
+    """The entry point of `eql`: exit code 0, 2 for an error, 130 after Ctrl-C.
+
+    A command may end with a code of its own, such as 1 of `eql data check`.
+    """
     code = 2
     try:
         code = app(arguments, standalone_mode=False) or 0
@@ -83,6 +85,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raise SystemExit(code)
 
 # %% ../nbs/18_cli.ipynb #77a1da85
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+Version = typer.Option("--version", callback=_show_version, is_eager=True)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, Version] = False,
+) -> None:
+    """Equalization Loss (Tan et al., CVPR 2020): run the book's experiments."""
+
+
 Names = Annotated[list[str] | None, typer.Argument(help="names, or file.py:variable")]
 Seeds = Annotated[list[int], typer.Option(help="may be repeated")]
 Missing = Annotated[bool, typer.Option("--missing", help="what has no record")]
@@ -99,9 +117,23 @@ Board = Annotated[bool, typer.Option("--tensorboard", help="write event files")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 
 # %% ../nbs/18_cli.ipynb #a88f29aa
+def _paper_ap(recipes: Iterable[Any]) -> dict[str, float]:
+    """The paper's AP by the recipe's name; of none outside a clone of the project."""
+    records, book = map(require, ("eql_repro.records", "eql_repro.recipe_detect"))
+    try:
+        here = (records.project_root() / "paper" / "numbers.csv").is_file()
+    except ValueError:
+        here = False
+    rows = {r.name: book.paper_row(r) for r in recipes if here}
+    return {k: records.paper_value(*row, "AP") for k, row in rows.items() if row}
+
+# %% ../nbs/18_cli.ipynb #b38b7597
 @app.command(name="recipes")
 def recipes_command() -> None:
-    """List the recipes: what sets each apart; for LVIS, its cost and the paper's AP."""
+    """List the recipes: what sets each apart; for LVIS, its cost and the paper's AP.
+
+    Outside a clone of the project, which has the paper's numbers, without the latter.
+    """
     pd, book = require("pandas"), require("eql_repro.recipe_detect")
     columns = ["data", "imbalance", "network", "loss", "lambda_", "gamma", "sampler"]
     columns += ["iterations", "batch", "background"]
@@ -109,11 +141,9 @@ def recipes_command() -> None:
     print(pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string())
     lvis = [r for r in known.RECIPES.values() if r.data.startswith("lvis")]
     expected = {r.name: {k: round(v) for k, v in book.cost(r).items()} for r in lvis}
-    for r in lvis:
-        if row := book.paper_row(r):
-            value = require("eql_repro.records").paper_value(*row, "AP")
-            expected[r.name]["paper's AP"] = value
-    print("\nEstimates for one large GPU (not measured), and the paper's mask AP:")
+    for name, value in _paper_ap(lvis).items():
+        expected[name]["paper's AP"] = value
+    print("\nEstimates for one large GPU (not measured), the paper's mask AP if here:")
     print(pd.DataFrame(expected).T.to_string(na_rep=""))
 
 # %% ../nbs/18_cli.ipynb #5e823c83
@@ -136,6 +166,12 @@ def _fetched(recipe: Any, root: str) -> str:
     require("eql_repro.images").cifar100_lt(root, split="test", download=True)
     return root
 
+# %% ../nbs/18_cli.ipynb #39b41d95
+def _work_down(minutes: float, out: Path, options: Any, together: int) -> None:
+    work = require("eql_repro.missing").work_down
+    with resumable(out.glob("*")):
+        print(*work(minutes, out, options, together=together), sep="\n")
+
 # %% ../nbs/18_cli.ipynb #02f5d1f3
 @app.command()
 def run(
@@ -154,8 +190,7 @@ def run(
         raise ValueError("recipes: give names, or --missing --minutes N")
     options = training.Options(*counts)
     if missing:
-        work = require("eql_repro.missing").work_down
-        return print(*work(minutes, out, options, together=together), sep="\n")
+        return _work_down(minutes, out, options, together)
     options = replace(options, minutes=minutes)
     runs = [(known.find_recipe(name), s) for name in recipes for s in seed]
     folders = [training.run_folder(out, *pair) for pair in runs]
@@ -175,13 +210,12 @@ def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> No
         raise ValueError(f"folder: the run in {folder} is finished")
     if not (folder / "run.json").is_file():
         raise ValueError(f"folder: {folder} holds no run (no run.json)")
-    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    recipe = require("eql_repro.recipe").recipe_from(state["recipe"])
+    recipe, state = require("eql_repro.recipe").read_run(folder)
     runs, out = [(recipe, state["seed"])], folder.resolve().parent
     if training.run_folder(out, *runs[0]) != folder.resolve():
         once = training.run_folder("", *runs[0])
         raise ValueError(f"folder: {folder} was {once} once; rename it")
-    options = training.Options(**state["options"] | {"minutes": 0})
+    options = training.Options(**state.get("options", {}) | {"minutes": 0})
     with resumable([folder]), progress(runs, "resume") as bar:
         training.train(runs, out, options, bar=bar)
     print(results([folder]).to_string())
@@ -243,9 +277,9 @@ def records(
     elif not add:
         files = sorted((book.project_root() / "records").glob("*.json"))
         for file in files:
-            r = json.loads(file.read_text(encoding="utf-8"))
-            name, value = next(iter(r["metrics"].items()))
-            print(f"{file.stem}: {name} {100 * value:.1f} %, {r['device']}")
+            r = book.read_record(file)
+            name, value = next(iter(r.metrics.items()))
+            print(f"{file.stem}: {name} {100 * value:.1f} %, {r.device}")
         print(f"{len(files)} records; `eql records --missing` lists what was not run")
 
 # %% ../nbs/18_cli.ipynb #5874af2c

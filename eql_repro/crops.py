@@ -13,6 +13,7 @@ import io
 import os
 import uuid
 import zipfile
+import zlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -78,7 +79,7 @@ def _read_atlas(path: Path, codes: list[str], size: int) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             sprites, found = file["sprites"], file["codes"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     shape = (len(codes), 4, size, size)
     fits = found == codes and sprites.shape == shape and sprites.dtype == np.uint8

@@ -33,7 +33,8 @@ from eql_repro.evaluation import (
 from .fetch import find_part
 from .instances import InstanceSet
 from .longtail import ClassFrequency
-from .recipe import Recipe, recipe_from
+from .provenance import load_weights
+from .recipe import Recipe, read_run
 from .samplers import batch_of, keyed_generator
 
 # %% ../nbs/14_detect.ipynb #e4088e4b
@@ -184,17 +185,16 @@ def finished_run(
     """The trained model of a finished run, in evaluation mode, and its recipe.
 
     build: makes it from recipe, seed and loss. Reads weights only, so a folder from
-    elsewhere is safe to load. Raises ValueError where the run is not finished.
+    elsewhere is safe to load. Raises ValueError where the run is not finished, or a
+    file of it is broken.
     """
     folder = Path(folder)
     if not (folder / "weights.pt").is_file():
         raise ValueError(f"folder: {folder} has no weights.pt: not a finished run")
-    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    recipe = recipe_from(state["recipe"])
+    recipe, state = read_run(folder)
     loss = build_loss(recipe, ClassFrequency(torch.ones(recipe.num_classes).long()))
     model = build(without_weights(recipe), state["seed"], loss)
-    weights = torch.load(folder / "weights.pt", "cpu", weights_only=True)
-    model.load_state_dict(weights)
+    model.load_state_dict(load_weights(folder / "weights.pt"))
     return model.eval(), recipe
 
 # %% ../nbs/14_detect.ipynb #68984d11

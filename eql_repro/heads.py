@@ -30,7 +30,7 @@ from eql_repro.detect import (
 )
 from .detections import DetectionWriter, detections_from
 from .detector import BoxPredictor, Detector, _from_torchvision
-from .provenance import write_file
+from .provenance import load_weights, write_file
 from .recipe import Recipe
 from .regions import KeyedSampler, class_scores, num_logits
 from .samplers import batch_of, keyed_generator
@@ -113,7 +113,7 @@ def kept_regions(
     path, digest = Path(folder) / "regions.pt", _digest(Path(folder) / "weights.pt")
     key = [digest, *map(len, splits)]
     if path.is_file():
-        kept = torch.load(path, weights_only=True)
+        kept = load_weights(path)
         if kept["key"] == key:
             return tuple(RegionSet(**part) for part in kept["splits"])
     sets = [pool_regions(model, data, i == 0) for i, data in enumerate(splits)]

@@ -7,6 +7,8 @@ __all__ = ['PACKED', 'AUGMENTATIONS', 'STATISTICS', 'IMAGENET_STATISTICS', 'PHOT
            'crop_flip', 'cutout', 'auto_augment', 'augment', 'normalize', 'ImageFiles', 'read_photo', 'imagenet_lt']
 
 # %% ../nbs/07_images.ipynb #aae489ce
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -100,8 +102,11 @@ def cifar100_lt(
 
 # %% ../nbs/07_images.ipynb #5c36ec4d
 def _read_packed(path: Path, imbalance: float, split: str) -> ImageSet:
-    with np.load(path) as file:
-        pack = {k: file[k] for k in file.files}
+    try:
+        with np.load(path) as file:
+            pack = {k: file[k] for k in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: broken, fetch it again ({error})") from error
     fine = torch.from_numpy(pack["fine"].astype(np.int64))
     keep = torch.from_numpy(pack["is_test"])
     if split == "train":

@@ -21,7 +21,7 @@ from .classify import Classification, build_loss
 from .detect import Detection
 from .gradients import GradientMeter
 from .heads import Heads
-from .provenance import write_file
+from .provenance import load_weights, write_file
 from .recipe import DATA, Recipe
 from .samplers import keyed_generator
 
@@ -193,7 +193,7 @@ def load_checkpoint(lane: Lane, accelerator: Any) -> None:
     """Continue from `checkpoint.pt` where the lane's folder has one."""
     path, source = lane.folder / "checkpoint.pt", lane.source
     if path.is_file():
-        state = torch.load(path, map_location=accelerator.device, weights_only=True)
+        state = load_weights(path, accelerator.device)
         accelerator.unwrap_model(lane.model).load_state_dict(state["model"])
         for name, part in lane_parts(lane).items():
             part.load_state_dict(state[name])

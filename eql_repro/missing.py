@@ -43,7 +43,8 @@ def work_down(
 
     runs: default what `missing` lists; together: runs in a process at most; folder: of
     the records, default the project's; say: takes a line of progress. Raises ValueError
-    for minutes or together that are not positive.
+    for minutes or together that are not positive, and what stops `train` early:
+    Interrupted after Ctrl-C or SIGTERM.
     """
     for name, value in (("minutes", minutes), ("together", together)):
         if not value > 0:
@@ -56,25 +57,40 @@ def work_down(
     while left and (rest := end - time.monotonic()) > 0:
         group = first_group(left, together)
         left = [run for run in left if run not in group]
-        added += _train_group(
-            group, out, replace(options, minutes=rest / 60), folder, say
-        )
+        if _trained(group, out, replace(options, minutes=rest / 60), end, say):
+            added += _recorded([run_folder(out, *run) for run in group], folder, say)
     return added
 
 # %% ../nbs/17_missing.ipynb #9cfce251
-def _train_group(group: list[Run], out, options: Options, folder, say) -> list[Path]:
-    """Records of a group's runs; none where its time was up or its data is not here."""
+def _trained(group: list[Run], out, options: Options, end: float, say) -> bool:
+    """Whether a group is trained to its end; not where time was up or data is missing.
+
+    end: of the time, on the monotonic clock. Raises Interrupted where a signal came
+    before it.
+    """
     names = ", ".join(f"{recipe.name} seed {seed}" for recipe, seed in group)
-    folders = [run_folder(out, *run) for run in group]
     todo = [r for r in group if not (run_folder(out, *r) / "record.json").is_file()]
     try:
         if todo:
             train(todo, out, options)
     except Interrupted:
+        if time.monotonic() < end:
+            raise
         say(f"time is up: {names}")
-        return []
+        return False
     except (ValueError, FileNotFoundError) as error:
         say(f"passed over: {names} ({error})")
-        return []
+        return False
     say(f"done: {names}")
-    return [add_record(run, folder) for run in folders]
+    return True
+
+
+def _recorded(runs: list[Path], folder, say) -> list[Path]:
+    """Records of finished runs' folders; one that cannot be added is passed over."""
+    added = []
+    for run in runs:
+        try:
+            added.append(add_record(run, folder))
+        except (ValueError, OSError) as error:  # of an older recipe, or another's place
+            say(f"no record of {run.name} ({error})")
+    return added

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIED', 'DETECTED', 'DATA', 'SOFTMAX', 'SIGMOID', 'LOSSES', 'SAMPLERS', 'CHOICES', 'Recipe', 'check_recipe',
-           'short', 'recipe_from', 'science', 'run_source']
+           'short', 'recipe_from', 'read_run', 'science', 'run_source']
 
 # %% ../nbs/13_recipe.ipynb #8b11ad4c
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from .provenance import source_hash
@@ -137,6 +139,23 @@ def _tuples(value: Any) -> Any:
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
     """A recipe from the fields that `asdict` gave, also after JSON."""
     return Recipe(**{name: _tuples(value) for name, value in values.items()})
+
+# %% ../nbs/13_recipe.ipynb #4c09a887
+def read_run(folder: str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a run's folder, and all that its `run.json` holds.
+
+    Raises ValueError naming a file that is broken or has no recipe or no seed of today.
+    """
+    file = Path(folder) / "run.json"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or type(state.get("seed")) is not int:
+            raise ValueError("no seed")
+        if not isinstance(state.get("recipe"), dict):
+            raise ValueError("no recipe")
+        return recipe_from(state["recipe"]), state
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not the start of a run ({error})") from error
 
 # %% ../nbs/13_recipe.ipynb #69024f72
 def science(recipe: Recipe) -> dict[str, Any]:

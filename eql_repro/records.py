@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'SECONDS', 'project_root', 'paper_numbers', 'paper_value', 'Record', 'check_record', 'RecipeChanged',
-           'changed_fields', 'load_records', 'add_record', 'mean_sd', 'verdict', 'Cell', 'results_table', 'readable',
-           'provenance_line', 'estimated_minutes', 'missing']
+           'changed_fields', 'read_record', 'load_records', 'add_record', 'mean_sd', 'verdict', 'Cell', 'results_table',
+           'readable', 'provenance_line', 'estimated_minutes', 'missing']
 
 # %% ../nbs/15_records.ipynb #056cc017
 import json
@@ -196,11 +196,16 @@ def _recipe(recipe: Recipe | str) -> Recipe:
     return RECIPES[recipe]
 
 
-def _read(file: Path) -> Record:
+def read_record(file: Path) -> Record:
+    """The record in a file. Raises ValueError naming a file that holds none."""
     try:
-        record = check_record(json.loads(file.read_text()))
+        return check_record(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as e:
-        raise ValueError(f"{file.name}: {e}") from None
+        raise ValueError(f"{file}: {e}") from None
+
+
+def _read(file: Path) -> Record:
+    record = read_record(file)
     if file.name != (expected := f"{record.recipe.get('name')}-s{record.seed}.json"):
         raise ValueError(f"{file.name} holds the record {expected}")
     return record
@@ -247,8 +252,7 @@ def add_record(
     file = Path(run_dir) / "record.json"
     if not file.is_file():
         raise ValueError(f"run_dir {run_dir} has no record.json: not a finished run")
-    text = file.read_text()
-    record = check_record(json.loads(text))
+    text, record = file.read_text(), read_record(file)
     name = record.recipe["name"]
     if name in RECIPES and (fields := changed_fields(record.recipe, RECIPES[name])):
         raise RecipeChanged(f"recipe {name}: {', '.join(fields)} changed since the run")
@@ -444,10 +448,11 @@ SECONDS = {
 
 
 def estimated_minutes(recipe: Recipe) -> tuple[float, float]:
-    """Minutes a run takes: on a large GPU, on two CPU cores."""
+    """Minutes a run takes: on a large GPU, on two CPU cores; NaN where not known."""
     images = recipe.iterations * (recipe.batch + recipe.background)
     network = recipe.network.removesuffix("_cosine")
-    seconds = SECONDS[network if network in SECONDS else recipe.profile]
+    unknown = math.nan, math.nan
+    seconds = SECONDS.get(network, SECONDS.get(recipe.profile, unknown))
     gpu, cpu = (s * images / 60 for s in seconds)
     return gpu, cpu
 

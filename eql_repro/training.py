@@ -419,6 +419,8 @@ def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
         what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
         what |= {"devices": devices_of(lane.folder, accelerator.device)}
         what |= {"options": asdict(options), "names": lane.task.frequency.names}
+        ids = getattr(lane.task.test, "category_ids", None)  # of a detector's classes
+        what |= {"category_ids": None if ids is None else ids.tolist()}
         write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
 # %% ../nbs/14_training.ipynb #f5d7bee5

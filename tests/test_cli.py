@@ -6,9 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("typer", reason="needs eql_repro[run]")
+from eql_repro import __version__  # noqa: E402
+from eql_repro.cli import main  # noqa: E402
+from eql_repro.recipes import find_recipe  # noqa: E402
+from eql_repro.training import train  # noqa: E402
 
 EQL = [sys.executable, "-m", "eql_repro.cli"]
 LVIS = Path(os.environ.get("EQL_DATA", "")) / "lvis_v0.5_val_64/lvis_v0.5_val_64.json"
@@ -70,7 +77,75 @@ def test_frequencies_of_a_real_lvis_file():
         counts[category - 1] += 1
     tail = sum(n / len(content["images"]) < 0.02 for n in counts)
     assert f"{len(counts)} classes, {len(content['images'])} images (all)" in out.stdout
-    assert f"2.00e-02  {tail:7d}" in out.stdout
+    assert f"0.02  {tail:7d}" in out.stdout
+
+
+def error_of(capsys, *arguments: object) -> str:
+    """The one line of a command that fails."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    said = capsys.readouterr().err.splitlines()[-1]  # below a bar, perhaps
+    assert end.value.code == 2 and said.startswith("eql: ")
+    return said
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"recipe": {"name": "a"}}'])
+def test_a_broken_run_is_one_line_with_the_file(tmp_path, capsys, text):
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "weights.pt").touch()
+    for command in (["resume", tmp_path], ["evaluate", tmp_path]):
+        assert str(tmp_path / "run.json") in error_of(capsys, *command)
+
+
+def test_broken_weights_are_one_line_with_the_file(tmp_path, capsys):
+    (tmp_path / "my.py").write_text(RECIPE)
+    short = find_recipe(f"{tmp_path / 'my.py'}:slow")
+    short = replace(short, name="short", iterations=2)
+    (folder,) = train([(short, 0)], tmp_path)
+    file = folder / "weights.pt"
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        file.write_bytes(content)
+        assert f"{file}: broken" in error_of(capsys, "evaluate", folder)
+        (folder / "checkpoint.pt").write_bytes(content)
+        (folder / "record.json").unlink(missing_ok=True)
+        assert "checkpoint.pt: broken" in error_of(capsys, "resume", folder)
+
+
+def test_a_broken_record_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("EQL_ROOT", str(tmp_path))
+    (tmp_path / "records").mkdir()
+    for text in ("{}", '{"metrics": {}}'):
+        (tmp_path / "records" / "a-s0.json").write_text(text)
+        assert "a-s0.json: " in error_of(capsys, "records")
+
+
+def test_options_that_do_not_apply_are_refused(tmp_path, capsys):
+    none = "--engine", "lvis", "--no-masks", "--ground-truth", tmp_path
+    said = error_of(capsys, "evaluate", tmp_path, *none)
+    assert "--ground-truth, --engine, --masks/--no-masks: not for" in said
+    files = "--ground-truth", "a.json", "--detections", "b.json"
+    assert "--data: not for" in error_of(capsys, "evaluate", *files, "--data", "x")
+    assert "device: got 'gpu'" in error_of(capsys, "bench", "losses", "--device", "gpu")
+
+
+def test_recipes_are_listed_outside_a_clone(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("EQL_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["recipes"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and not err
+    assert "lvis_v05_r50_fpn_eql" in out.split("Estimates")[1] and "22.8" not in out
+
+
+def test_data_check_fails_for_broken_files_only(tmp_path, capsys):
+    for code in (0, 1):
+        with pytest.raises(SystemExit) as end:
+            main(["data", "check", str(tmp_path)])
+        assert end.value.code == code
+        (tmp_path / "lvis_v0.5_val.json").write_text("{")
+    assert "lvis_v0.5_val.json" in capsys.readouterr().out
 
 
 def test_help_and_evaluation_load_no_torch(tmp_path):
@@ -90,7 +165,40 @@ try:
 finally:
     assert "torch" not in sys.modules and "torchvision" not in sys.modules
 """
-    for words, expected in ((["--help"], "quickstart"), (evaluate.split(), "100.00")):
+    version = ["--version"], __version__
+    for words, expected in (
+        (["--help"], "quickstart"),
+        version,
+        (evaluate.split(), "100.00"),
+    ):
         command = [sys.executable, "-c", code, *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+def test_interrupt_ends_the_whole_list_of_missing_runs(tmp_path):
+    code = """
+import signal
+from dataclasses import replace
+from my import slow
+import eql_repro.missing as module
+from eql_repro.cli import main
+class Table:
+    recipe, seed = ["slow", "other"], [0, 0]
+module.missing = lambda folder: Table
+module.RECIPES = {"slow": slow, "other": replace(slow, name="other", iterations=200)}
+save = module.train.__globals__["save_checkpoint"]
+signals = iter([signal.SIGTERM])
+def stop(*arguments):
+    save(*arguments)
+    for number in signals:
+        signal.raise_signal(number)
+module.train.__globals__["save_checkpoint"] = stop
+main("run --missing --minutes 9 --checkpoint-every 2".split())
+"""
+    (tmp_path / "my.py").write_text(RECIPE)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "eql resume runs/slow-s0" in done.stderr
+    assert "time is up" not in done.stdout and not (tmp_path / "runs/other-s0").exists()

@@ -98,7 +98,9 @@ def test_the_file_is_used_again(fresh_cache, monkeypatch):
     assert [file] == list(fresh_cache.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "other"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "text", "cut", "flipped", "stream", "other"]
+)
 def test_a_broken_file_is_drawn_again(fresh_cache, damage):
     first = sprite_atlas(5, 32)
     (file,) = fresh_cache.iterdir()
@@ -109,12 +111,15 @@ def test_a_broken_file_is_drawn_again(fresh_cache, damage):
         middle = len(whole) // 2
         flipped = bytearray(whole)
         flipped[middle] ^= 255
+        stream = bytearray(whole)
+        stream[30 + whole[26] + whole[28]] = 255  # after the zip's first header
         file.write_bytes(
             {
                 "empty": b"",
                 "text": b"not a sprite",
                 "cut": whole[:middle],
                 "flipped": bytes(flipped),
+                "stream": bytes(stream),
             }[damage]
         )
     assert torch.equal(sprite_atlas(5, 32), first)

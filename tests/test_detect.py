@@ -16,7 +16,9 @@ from two_processes import start_pair
 from eql_repro.detect import Detection
 from eql_repro.evaluation import evaluate_lvis
 from eql_repro.instances import read_annotations
+from eql_repro.predict import predict
 from eql_repro.recipe_detect import POCKET
+from eql_repro.scenes import Scenes, export_scenes
 from eql_repro.training import Options, load_run, train
 
 pytest.importorskip("hotcoco")
@@ -127,3 +129,34 @@ def test_a_trained_detector_is_loaded_without_its_backbone_weights(tmp_path):
 def test_data_of_other_classes_is_refused():
     with pytest.raises(ValueError, match="got 31, the data has 30"):
         Detection(replace(TINY, num_classes=31))
+
+
+def test_predictions_have_the_category_ids_of_the_data(tmp_path):
+    truth = json.loads(export_scenes(tmp_path, Scenes("pocket", "val"), 4).read_text())
+    for row in truth["categories"]:
+        row["id"] = 7 + 2 * row["id"]  # with gaps
+    for row in truth["annotations"]:
+        row["category_id"] = 7 + 2 * row["category_id"]
+    for image in truth["images"]:
+        image["neg_category_ids"] = image["not_exhaustive_category_ids"] = []
+        (file,) = tmp_path.rglob(image["file_name"])
+        image["file_name"] = str(file.relative_to(tmp_path))
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(truth))
+    size = dict(min_size=64, channels=16, hidden=16, proposals=(20, 10), regions=8)
+    options = tuple((dict(POCKET.detector_options) | size).items())
+    recipe = replace(
+        POCKET, name="tiny", data="instances", iterations=1, batch=2, warmup=0,
+        milestones=(), evaluations=1, detector_options=options,
+    )  # fmt: skip
+    (folder,) = train([(recipe, 0)], tmp_path / "runs", Options(data=str(tmp_path)))
+    images = sorted(tmp_path.rglob("*.png"))[:2]
+    state = json.loads((folder / "run.json").read_text())
+    older = {k: v for k, v in state.items() if k != "category_ids"}
+    ids = [row["id"] for row in truth["categories"]]
+    for n, start in enumerate((state, older)):
+        (folder / "run.json").write_text(json.dumps(start))
+        file = predict(folder, images, tmp_path / f"out{n}", 0.0)
+        found = {json.loads(x)["category_id"] for x in file.read_text().splitlines()}
+        listed = json.loads(file.with_name("images.json").read_text())["categories"]
+        assert found and found <= {*ids} and [row["id"] for row in listed] == ids

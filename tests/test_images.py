@@ -53,6 +53,20 @@ def test_packed_file_refuses_a_tail_it_does_not_hold():
         cifar100_lt(REAL, 10)
 
 
+@pytest.mark.parametrize("content", [b"", b"PK", b"text"])
+def test_a_broken_packed_file_is_named(tmp_path, content):
+    (tmp_path / PACKED).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{PACKED}: broken"):
+        cifar100_lt(tmp_path)
+
+
+@real
+def test_a_packed_file_that_was_cut_is_named(tmp_path):
+    (tmp_path / PACKED).write_bytes(REAL.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=f"{PACKED}: broken"):
+        cifar100_lt(tmp_path)
+
+
 def archive() -> bytes:
     """A `cifar-100-python.tar.gz` with three images of every class, shade = class."""
     labels = np.arange(300) % 100

@@ -18,6 +18,7 @@ from eql_repro.instances import InstanceSet, check_data, check_images, find_imag
 from eql_repro.longtail import ClassFrequency
 
 H, W = 20, 30
+IMAGE = {"id": 6, "height": H, "width": W}
 BESIDE = "kept boxes beside their polygons"
 SQUARE = [[2, 2, 12, 2, 12, 12, 2, 12]]
 
@@ -62,6 +63,7 @@ def read_quietly(truth):
         ("annotations", {"id": None}, "without a whole 'id'"),
         ("annotations", 7, "without a whole 'id'"),
         ("annotations", {"image_id": 6}, "image_ids that are not listed: 6"),
+        ("annotations", {"image_id": [1]}, r"image_ids that are not listed: \[1\]"),
         ("annotations", {"image_id": None}, "image_ids that are not listed: None"),
         ("annotations", {"category_id": 0}, "category_ids that are not listed: 0"),
         ("annotations", {"bbox": [1, 2, 3]}, "'bbox' must be four numbers: id 2"),
@@ -71,6 +73,13 @@ def read_quietly(truth):
         ("images", {"id": 6, "height": 0, "width": W}, "'height' must be a whole"),
         ("images", {"id": 6, "height": H, "width": 7.5}, "'width' must be a whole"),
         ("images", {"id": 6, "height": H, "width": W}, "no 'file_name' and no"),
+        ("images", IMAGE | {"coco_url": None}, "no 'file_name' and no"),
+        ("images", IMAGE | {"coco_url": 5}, "'coco_url' must be text: id 6 has 5"),
+        (
+            "images",
+            IMAGE | {"neg_category_ids": 5},
+            "'neg_category_ids' must be a list",
+        ),
     ],
 )
 def test_a_file_that_contradicts_itself_is_an_error(truth, key, row, text):

@@ -323,3 +323,15 @@ def test_a_row_that_the_paper_does_not_have_has_no_verdict_on_it(tmp_path):
     text = readable(results_table([Cell("tiny", TINY)], folder=tmp_path))
     assert text.verdict[0] == "not in the paper"
     assert text.paper[0] == text.difference[0] == "–"
+
+
+def test_a_run_of_unknown_length_is_missing_too(tmp_path):
+    table = missing(["lvis_v05_r50_fpn_sigmoid"], (0,), tmp_path)
+    assert len(table) == 1 and table.minutes_gpu.isna().all()
+
+
+def test_a_broken_record_of_a_run_is_named(tmp_path):
+    for text in ("{", "{}", '{"metrics": {}}'):
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(ValueError, match=r"record\.json: "):
+            add_record(tmp_path, tmp_path / "records")
