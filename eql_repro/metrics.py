@@ -103,7 +103,7 @@ def classification_results(
 
     scores: probabilities [N, C]; labels: int64 [N] in [0, C); counts: training images
     per class, int64 [C]. A class without images is None, a group without an image is
-    left out. The entry "groups" of the calibration has that of the images of each group.
+    left out. The entry "groups" of the calibration has that of each group's images.
     """
     C = scores.shape[1]
     accuracy = class_accuracy(scores, labels, C)
