@@ -25,6 +25,7 @@ from .classify import ORDERS, build_loss, data_folder
 from .detections import DetectionWriter, detections_from, merge_detections
 from .detector import Detector, build_detector
 from eql_repro.evaluation import (
+    _read_truth,
     detection_calibration,
     draw_detections,
     evaluate_lvis,
@@ -53,7 +54,12 @@ def _load_files(recipe: Recipe, data: str | None, stem: str) -> tuple[Dataset, D
         )
     options = {"masks": "faster" not in recipe.network}
     train = InstanceSet(files[0], root, empty="drop", **options)
-    return train, InstanceSet(files[1], root, **options)
+    test = InstanceSet(files[1], root, **options)
+    try:
+        _read_truth(test, **options)
+    except ValueError as error:
+        raise ValueError(f"data: {files[1]} cannot be evaluated: {error}") from None
+    return train, test
 
 # %% ../nbs/14_detect.ipynb #e84837a9
 DETECTION_SETS: dict[str, Callable] = {
@@ -69,8 +75,9 @@ def load_detection_data(
 ) -> tuple[Dataset, Dataset]:
     """A recipe's (training, validation) images; data: folder, else EQL_DATA.
 
-    Raises ValueError where a folder is needed and not given or the classes are others
-    than the recipe's, FileNotFoundError where the data is not there.
+    Raises ValueError where a folder is needed and not given, a file lacks what training
+    or evaluation needs or the classes are others than the recipe's, FileNotFoundError
+    where the data is not there.
     """
     parts = DETECTION_SETS[recipe.data](recipe, data)
     for part in parts:

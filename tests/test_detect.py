@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import resnet18
 from two_processes import start_pair
 
@@ -127,3 +128,22 @@ def test_a_trained_detector_is_loaded_without_its_backbone_weights(tmp_path):
 def test_data_of_other_classes_is_refused():
     with pytest.raises(ValueError, match="got 31, the data has 30"):
         Detection(replace(TINY, num_classes=31))
+
+
+def test_a_coco_file_that_cannot_be_evaluated_is_refused_before_training(tmp_path):
+    (tmp_path / "val2017").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "val2017" / "a.jpg")
+    image = {"id": 5, "height": 32, "width": 32, "file_name": "a.jpg"}
+    box = {"id": 1, "image_id": 5, "category_id": 1, "bbox": [2, 2, 9, 9], "area": 81}
+    box |= {"segmentation": [[2, 2, 11, 2, 11, 11, 2, 11]], "iscrowd": 0}
+    truth = {"images": [image], "annotations": [box]}
+    truth |= {"categories": [{"id": 1, "name": "a"}]}
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps(truth))
+    recipe = replace(TINY, data="instances", profile="", num_classes=1)
+    with pytest.raises(ValueError, match=r"val\.json .*image 5 has no \['neg_cat"):
+        Detection(recipe, str(tmp_path))
+    image |= dict.fromkeys(("neg_category_ids", "not_exhaustive_category_ids"), [])
+    truth["categories"][0]["frequency"] = "r"
+    (tmp_path / "val.json").write_text(json.dumps(truth))  # train.json may be COCO's
+    assert len(Detection(recipe, str(tmp_path)).test) == 1
