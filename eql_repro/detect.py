@@ -106,15 +106,15 @@ def grouped_order(order: Tensor, wide: Tensor, batch: int) -> Tensor:
 
     order: int64 [n], positions; wide: bool [N], whether an image is wider than high;
     batch: B. Returns whole batches, int64 [at most n], in the order of their first
-    images. Raises ValueError where not one batch is full.
+    images; the order as it is where one kind has images, but too few for a batch.
     """
     groups = [order[wide[order]], order[~wide[order]]]
+    if any(0 < len(g) < batch for g in groups):
+        return order
     place = torch.empty(len(wide), dtype=torch.long)
     place[order.flip(0)] = torch.arange(len(order)).flip(0)  # where it comes first
     full = [g[: len(g) // batch * batch].reshape(-1, batch) for g in groups]
     batches = torch.cat(full)
-    if not len(batches):
-        raise ValueError(f"batch: got {batch}, more than the images of one kind")
     return batches[place[batches[:, 0]].argsort()].flatten()
 
 # %% ../nbs/14_detect.ipynb #6bbc8493

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.models import resnet18
 from two_processes import start_pair
 
-from eql_repro.detect import Detection
+from eql_repro.detect import Detection, grouped_order
 from eql_repro.evaluation import evaluate_lvis
 from eql_repro.instances import read_annotations
 from eql_repro.recipe_detect import POCKET
@@ -147,3 +147,12 @@ def test_a_coco_file_that_cannot_be_evaluated_is_refused_before_training(tmp_pat
     truth["categories"][0]["frequency"] = "r"
     (tmp_path / "val.json").write_text(json.dumps(truth))  # train.json may be COCO's
     assert len(Detection(recipe, str(tmp_path)).test) == 1
+
+
+@pytest.mark.parametrize("high", [0, 14, 32, 50, 64])
+def test_images_of_the_rarer_shape_are_trained_on(high):
+    wide, seen = torch.arange(64) >= high, set()
+    for epoch in range(20):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
+        seen |= {*grouped_order(order, wide, 32).tolist()}
+    assert seen == {*range(64)}
