@@ -239,14 +239,16 @@ def detect(
         )
 
 # %% ../nbs/14_detect.ipynb #e22a592d
-def merged(folder: Path) -> Path:
-    """The detections of all processes in one file, `detections.jsonl`."""
-    parts, whole = (
-        sorted(folder.glob("detections-*.jsonl")),
-        folder / "detections.jsonl",
+def merged(folder: Path, processes: int = 1) -> Path:
+    """The detections of all processes in one file, `detections.jsonl`.
+
+    Parts of other processes, which an evaluation that was killed left, are removed.
+    """
+    whole = folder / "detections.jsonl"
+    merge_detections(
+        [folder / f"detections-{k}.jsonl" for k in range(processes)], whole
     )
-    merge_detections(parts, whole)
-    for part in parts:
+    for part in folder.glob("detections-*.jsonl"):
         part.unlink()
     return whole
 
@@ -305,7 +307,7 @@ def measured(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {"metrics": {}}
-    truth, file = data.to_lvis(), merged(folder)
+    truth, file = data.to_lvis(), merged(folder, accelerator.num_processes)
     found = evaluate_lvis(truth, file, kinds)
     results = {"metrics": readable_metrics(found)}
     if last:

@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision.models import resnet18
 from two_processes import start_pair
 
-from eql_repro.detect import Detection, grouped_order
+from eql_repro.detect import Detection, grouped_order, merged
+from eql_repro.detections import DetectionWriter, read_detections
 from eql_repro.evaluation import evaluate_lvis
 from eql_repro.instances import read_annotations
 from eql_repro.recipe_detect import POCKET
@@ -156,3 +157,13 @@ def test_images_of_the_rarer_shape_are_trained_on(high):
         order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
         seen |= {*grouped_order(order, wide, 32).tolist()}
     assert seen == {*range(64)}
+
+
+def test_detections_of_a_killed_evaluation_are_not_merged(tmp_path):
+    row = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
+    for k, score in ((0, 0.1), (1, 0.2), (10, 0.9)):
+        with DetectionWriter(tmp_path / f"detections-{k}.jsonl") as writer:
+            writer.write([row | {"image_id": k % 10, "score": score}])
+            writer.write([row | {"image_id": 7, "score": score}] if k == 10 else [])
+    assert read_detections(merged(tmp_path, 2))[0][:, 5].tolist() == [0.1, 0.2]
+    assert [path.name for path in tmp_path.iterdir()] == ["detections.jsonl"]
