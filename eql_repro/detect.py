@@ -259,15 +259,15 @@ def strong_rows(folder: Path, threshold: float = 0.3) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["score"] > threshold]
 
 
-def draw_found(data: Dataset, folder: Path, images: int = 4) -> None:
+def draw_found(data: Dataset, truth: dict, folder: Path, images: int = 4) -> None:
     """Draw `detections.png` in a run's folder: images, their truth, what was found.
 
-    data: gives `to_lvis()`; folder: holds `detections.jsonl`, of which scores above 0.3
-    are drawn; images: so many, the first.
+    data: items of image and target; truth: as its `to_lvis` gives it; folder: holds
+    `detections.jsonl`, of which scores above 0.3 are drawn; images: so many, the first.
     """
     import matplotlib.pyplot as plt
 
-    truth, found = data.to_lvis(), strong_rows(folder)
+    found = strong_rows(folder)
     names = {c["id"]: c["name"] for c in truth["categories"]}
     count = min(images, len(data))
     fig, axes = plt.subplots(1, count, figsize=(4 * count, 4), squeeze=False)
@@ -316,7 +316,7 @@ def measured(
         results |= {"calibration": group_calibration(truth, file)}
         results |= {"examples": first_boxes(data, folder)}
         if find_spec("matplotlib"):
-            draw_found(data, folder)
+            draw_found(data, truth, folder)
     return results
 
 # %% ../nbs/14_detect.ipynb #763173cd
