@@ -323,7 +323,8 @@ def measured(
 class Detection:
     """What the loop asks of a task, answered for detectors.
 
-    recipe: of any of the runs, which agree in their data; data: its folder, or None.
+    recipe: of the first run; the runs agree in their data, and where that is files,
+    masks are read if the first run's detector has them; data: its folder, or None.
     Raises ValueError or FileNotFoundError where the data does not fit the recipe.
     """
 
@@ -332,7 +333,6 @@ class Detection:
 
     def __init__(self, recipe: Recipe, data: str | None = None) -> None:
         self.train, self.test = load_detection_data(recipe, data)
-        self.kinds = ("bbox",) if "faster" in recipe.network else ("bbox", "segm")
         self.frequency = count_frequency(self.train, recipe.count_images)
 
     def batches(
@@ -361,8 +361,9 @@ class Detection:
         self, model: Detector, loss: nn.Module, accelerator: Any, workers: int,
         last: bool, folder: Path,
     ) -> dict[str, Any]:  # fmt: skip
-        """AP on the validation images; {} for all but the main process."""
+        """AP of boxes, and of masks if the model has them; {} off the main process."""
+        kinds = ("bbox", "segm") if model.roi_heads.has_mask() else ("bbox",)
         own = folder / f"detections-{accelerator.process_index}.jsonl"
         with DetectionWriter(own) as writer:
             detect(model, self.test, writer, accelerator, workers)
-        return measured(self.test, folder, self.kinds, accelerator, last)
+        return measured(self.test, folder, kinds, accelerator, last)

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from torchvision.models import resnet18
 from two_processes import start_pair
 
+from eql_repro.classify import build_loss
 from eql_repro.detect import Detection, grouped_order, merged
 from eql_repro.detections import DetectionWriter, read_detections
 from eql_repro.evaluation import evaluate_lvis
@@ -167,3 +169,18 @@ def test_detections_of_a_killed_evaluation_are_not_merged(tmp_path):
             writer.write([row | {"image_id": 7, "score": score}] if k == 10 else [])
     assert read_detections(merged(tmp_path, 2))[0][:, 5].tolist() == [0.1, 0.2]
     assert [path.name for path in tmp_path.iterdir()] == ["detections.jsonl"]
+
+
+def test_a_task_measures_masks_where_the_model_has_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("eql_repro.detect.detect", lambda *rest: None)
+    monkeypatch.setattr(
+        "eql_repro.detect.measured", lambda data, path, kinds, *_: kinds
+    )
+    for first in "mask", "faster":  # runs of a process share the task of the first
+        task = Detection(replace(TINY, network=f"{first}_rcnn_r18_fpn"))
+        for kind in "mask", "faster":
+            recipe = replace(TINY, network=f"{kind}_rcnn_r18_fpn")
+            model = task.build_model(recipe, 0, build_loss(recipe, task.frequency))
+            place = SimpleNamespace(process_index=0), 0, True, tmp_path
+            kinds = task.evaluate(model, None, *place)
+            assert kinds == ("bbox", "segm")[: 1 + (kind == "mask")]
