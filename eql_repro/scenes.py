@@ -607,16 +607,23 @@ def _lvis(scenes: Scenes, target_of: Callable[[int], dict], images: int | None) 
 
 
 def export_scenes(
-    directory: str | PathLike, scenes: Scenes, images: int | None = None
+    directory: str | PathLike,
+    scenes: Scenes,
+    images: int | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a split as LVIS v0.5 files: `train.json` and `train/*.png`, or `val`.
 
     `directory`: is made if it is missing; `scenes`: a data set; `images`: only the
-    first so many. The json comes last, so where it is, the images are. Returns its
-    path. Raises ValueError or TypeError for another number of images, ImportError
-    naming the extra if pycocotools is missing, OSError if a file cannot be written.
+    first so many; `force`: replace a json that is there. The json comes last, so where
+    it is, the images are. Returns its path. Raises FileExistsError where it is there,
+    ValueError or TypeError for another number of images, ImportError naming the extra
+    if pycocotools is missing, OSError if a file cannot be written.
     """
     folder = Path(directory, scenes.split)
+    path, part = folder.with_suffix(".json"), folder.with_suffix(".json.part")
+    if path.exists() and not force:
+        raise FileExistsError(f"directory: {path} is there; force replaces it")
     folder.mkdir(parents=True, exist_ok=True)
 
     def written(index: int) -> dict[str, Tensor]:
@@ -626,6 +633,5 @@ def export_scenes(
         pixels.save(folder / name, compress_level=1)
         return target
 
-    text = json.dumps(_lvis(scenes, written, images))
-    folder.with_suffix(".json").write_text(text, encoding="utf-8")
-    return folder.with_suffix(".json")
+    part.write_text(json.dumps(_lvis(scenes, written, images)), encoding="utf-8")
+    return part.replace(path)
