@@ -567,7 +567,7 @@ def _categories(scenes: Scenes) -> list[dict]:
         for label in range(scenes.num_classes)
     ]
 
-# %% ../nbs/09_scenes.ipynb #ad4cc09e
+
 def _image_row(target: dict[str, Tensor], size: int) -> dict:
     return {
         "id": int(target["image_id"]),
@@ -578,7 +578,7 @@ def _image_row(target: dict[str, Tensor], size: int) -> dict:
         "not_exhaustive_category_ids": (target["not_exhaustive_labels"] + 1).tolist(),
     }
 
-
+# %% ../nbs/09_scenes.ipynb #ad4cc09e
 def _annotation_rows(target: dict[str, Tensor]) -> list[dict]:
     masks = np.asfortranarray(target["masks"].permute(1, 2, 0).numpy())
     codes = require("pycocotools.mask").encode(masks)
@@ -593,7 +593,7 @@ def _annotation_rows(target: dict[str, Tensor]) -> list[dict]:
         for category, box, area, code in zip(*columns, codes, strict=True)
     ]
 
-# %% ../nbs/09_scenes.ipynb #fdc9fa65
+
 def _lvis(scenes: Scenes, target_of: Callable[[int], dict], images: int | None) -> dict:
     count = len(scenes) if images is None else images
     _check_integer("images", count, 1, len(scenes))
@@ -605,7 +605,7 @@ def _lvis(scenes: Scenes, target_of: Callable[[int], dict], images: int | None) 
     categories = _categories(scenes)
     return {"images": rows, "categories": categories, "annotations": annotations}
 
-
+# %% ../nbs/09_scenes.ipynb #fdc9fa65
 def export_scenes(
     directory: str | PathLike,
     scenes: Scenes,
