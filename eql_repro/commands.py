@@ -65,9 +65,10 @@ def scenes_export(
     profile: Annotated[str, typer.Option(help="lvis or pocket")] = "pocket",
     split: Annotated[str, typer.Option(help="train or val")] = "train",
     images: Annotated[int | None, typer.Option(help="so many, default all")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace a json")] = False,
 ) -> None:
     """Write scenes as images and LVIS v0.5 json."""
-    print(scenes.export_scenes(folder, scenes.Scenes(profile, split), images))
+    print(scenes.export_scenes(folder, scenes.Scenes(profile, split), images, force))
 
 # %% ../nbs/17_commands.ipynb #3cb7f07d
 def _refuse(options: dict[str, object], what: str) -> None:

@@ -25,6 +25,7 @@ from .classify import ORDERS, build_loss, data_folder
 from .detections import DetectionWriter, detections_from, merge_detections
 from .detector import Detector, build_detector
 from eql_repro.evaluation import (
+    _read_truth,
     detection_calibration,
     draw_detections,
     evaluate_lvis,
@@ -54,7 +55,12 @@ def _load_files(recipe: Recipe, data: str | None, stem: str) -> tuple[Dataset, D
         )
     options = {"masks": "faster" not in recipe.network}
     train = InstanceSet(files[0], root, empty="drop", **options)
-    return train, InstanceSet(files[1], root, **options)
+    test = InstanceSet(files[1], root, **options)
+    try:
+        _read_truth(test, **options)
+    except ValueError as error:
+        raise ValueError(f"data: {files[1]} cannot be evaluated: {error}") from None
+    return train, test
 
 # %% ../nbs/14_detect.ipynb #e84837a9
 DETECTION_SETS: dict[str, Callable] = {
@@ -70,8 +76,9 @@ def load_detection_data(
 ) -> tuple[Dataset, Dataset]:
     """A recipe's (training, validation) images; data: folder, else EQL_DATA.
 
-    Raises ValueError where a folder is needed and not given or the classes are others
-    than the recipe's, FileNotFoundError where the data is not there.
+    Raises ValueError where a folder is needed and not given, a file lacks what training
+    or evaluation needs or the classes are others than the recipe's, FileNotFoundError
+    where the data is not there.
     """
     parts = DETECTION_SETS[recipe.data](recipe, data)
     for part in parts:
@@ -100,15 +107,15 @@ def grouped_order(order: Tensor, wide: Tensor, batch: int) -> Tensor:
 
     order: int64 [n], positions; wide: bool [N], whether an image is wider than high;
     batch: B. Returns whole batches, int64 [at most n], in the order of their first
-    images. Raises ValueError where not one batch is full.
+    images; the order as it is where one kind has images, but too few for a batch.
     """
     groups = [order[wide[order]], order[~wide[order]]]
+    if any(0 < len(g) < batch for g in groups):
+        return order
     place = torch.empty(len(wide), dtype=torch.long)
     place[order.flip(0)] = torch.arange(len(order)).flip(0)  # where it comes first
     full = [g[: len(g) // batch * batch].reshape(-1, batch) for g in groups]
     batches = torch.cat(full)
-    if not len(batches):
-        raise ValueError(f"batch: got {batch}, more than the images of one kind")
     return batches[place[batches[:, 0]].argsort()].flatten()
 
 # %% ../nbs/14_detect.ipynb #6bbc8493
@@ -232,14 +239,16 @@ def detect(
         )
 
 # %% ../nbs/14_detect.ipynb #e22a592d
-def merged(folder: Path) -> Path:
-    """The detections of all processes in one file, `detections.jsonl`."""
-    parts, whole = (
-        sorted(folder.glob("detections-*.jsonl")),
-        folder / "detections.jsonl",
+def merged(folder: Path, processes: int = 1) -> Path:
+    """The detections of all processes in one file, `detections.jsonl`.
+
+    Parts of other processes, which an evaluation that was killed left, are removed.
+    """
+    whole = folder / "detections.jsonl"
+    merge_detections(
+        [folder / f"detections-{k}.jsonl" for k in range(processes)], whole
     )
-    merge_detections(parts, whole)
-    for part in parts:
+    for part in folder.glob("detections-*.jsonl"):
         part.unlink()
     return whole
 
@@ -250,15 +259,15 @@ def strong_rows(folder: Path, threshold: float = 0.3) -> list[dict]:
     return [row for row in map(json.loads, lines) if row["score"] > threshold]
 
 
-def draw_found(data: Dataset, folder: Path, images: int = 4) -> None:
+def draw_found(data: Dataset, truth: dict, folder: Path, images: int = 4) -> None:
     """Draw `detections.png` in a run's folder: images, their truth, what was found.
 
-    data: gives `to_lvis()`; folder: holds `detections.jsonl`, of which scores above 0.3
-    are drawn; images: so many, the first.
+    data: items of image and target; truth: as its `to_lvis` gives it; folder: holds
+    `detections.jsonl`, of which scores above 0.3 are drawn; images: so many, the first.
     """
     import matplotlib.pyplot as plt
 
-    truth, found = data.to_lvis(), strong_rows(folder)
+    found = strong_rows(folder)
     names = {c["id"]: c["name"] for c in truth["categories"]}
     count = min(images, len(data))
     fig, axes = plt.subplots(1, count, figsize=(4 * count, 4), squeeze=False)
@@ -298,7 +307,7 @@ def measured(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {"metrics": {}}
-    truth, file = data.to_lvis(), merged(folder)
+    truth, file = data.to_lvis(), merged(folder, accelerator.num_processes)
     found = evaluate_lvis(truth, file, kinds)
     results = {"metrics": readable_metrics(found)}
     if last:
@@ -307,14 +316,15 @@ def measured(
         results |= {"calibration": group_calibration(truth, file)}
         results |= {"examples": first_boxes(data, folder)}
         if find_spec("matplotlib"):
-            draw_found(data, folder)
+            draw_found(data, truth, folder)
     return results
 
 # %% ../nbs/14_detect.ipynb #763173cd
 class Detection:
     """What the loop asks of a task, answered for detectors.
 
-    recipe: of any of the runs, which agree in their data; data: its folder, or None.
+    recipe: of the first run; the runs agree in their data, and where that is files,
+    masks are read if the first run's detector has them; data: its folder, or None.
     Raises ValueError or FileNotFoundError where the data does not fit the recipe.
     """
 
@@ -323,7 +333,6 @@ class Detection:
 
     def __init__(self, recipe: Recipe, data: str | None = None) -> None:
         self.train, self.test = load_detection_data(recipe, data)
-        self.kinds = ("bbox",) if "faster" in recipe.network else ("bbox", "segm")
         self.frequency = count_frequency(self.train, recipe.count_images)
 
     def batches(
@@ -352,8 +361,9 @@ class Detection:
         self, model: Detector, loss: nn.Module, accelerator: Any, workers: int,
         last: bool, folder: Path,
     ) -> dict[str, Any]:  # fmt: skip
-        """AP on the validation images; {} for all but the main process."""
+        """AP of boxes, and of masks if the model has them; {} off the main process."""
+        kinds = ("bbox", "segm") if model.roi_heads.has_mask() else ("bbox",)
         own = folder / f"detections-{accelerator.process_index}.jsonl"
         with DetectionWriter(own) as writer:
             detect(model, self.test, writer, accelerator, workers)
-        return measured(self.test, folder, self.kinds, accelerator, last)
+        return measured(self.test, folder, kinds, accelerator, last)

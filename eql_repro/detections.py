@@ -54,16 +54,28 @@ def _load(line: str) -> Any:
             pass
     return json.loads(line)
 
+# %% ../nbs/10_detections.ipynb #e71430f8
+def _parsed(path: str | PathLike) -> Any:
+    """A json file; ValueError names one that is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
 # %% ../nbs/10_detections.ipynb #a724e255
 def detection_rows(source: Any) -> Iterator[dict]:
     """Rows of a list, of a json list, or of a file of JSON lines (.jsonl).
 
-    Raises ValueError naming a line that is no JSON.
+    Raises ValueError naming a file that is no json list, or a line that is no JSON.
     """
     if not isinstance(source, (str, PathLike)):
         yield from source
     elif Path(source).suffix != ".jsonl":
-        yield from json.loads(Path(source).read_text(encoding="utf-8"))
+        rows = _parsed(source)
+        if not isinstance(rows, list):
+            kind = type(rows).__name__
+            raise ValueError(f"{source}: got {kind}, expected a json list of rows")
+        yield from rows
     else:
         with open(source, encoding="utf-8") as file:
             for n, line in enumerate(file, 1):
@@ -127,7 +139,9 @@ def _decoded(path: Path, masks: bool) -> Iterator[list]:
     for text in map(bytes.strip, _pieces(path, lines)):
         if lines:
             yield decoder.decode_lines(text)
-        elif text[:1] == opening:
+        elif text[:1] != opening:
+            raise ValueError
+        else:
             yield decoder.decode(b"[" + text[1:].removesuffix(b"]") + b"]")
         opening = b","
     if not lines and text[-1:] != b"]":
@@ -186,16 +200,16 @@ def read_lists(path: str | PathLike, fields: Mapping[str, Sequence[str]]) -> Any
     """A json file; of a dict's lists of dicts, with msgspec, only the fields named.
 
     fields: the lists to the fields of their rows. A file of another shape comes as it
-    is. Raises ValueError for what is no JSON.
+    is. Raises ValueError naming a file that is no JSON.
     """
-    text = Path(path).read_bytes()
     if _msgspec is not None:
         try:
             wanted = tuple((k, tuple(v)) for k, v in fields.items())
+            text = Path(path).read_bytes()
             return _msgspec.json.decode(text, type=_lists(wanted))
         except _msgspec.MsgspecError:
             pass
-    return json.loads(text)
+    return _parsed(path)
 
 # %% ../nbs/10_detections.ipynb #681190b2
 def detections_from(

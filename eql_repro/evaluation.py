@@ -49,14 +49,16 @@ _WANTED = {
 def _source(source: Any, masks: bool) -> dict:
     """The LVIS dict, every id listed and listed once."""
     source = source.to_lvis() if hasattr(source, "to_lvis") else source
+    who = "ground_truth: "
     if isinstance(source, (str, PathLike)):
+        who += f"{source}: "
         more = ["segmentation"] if masks else []
         rows = {"annotations": _WANTED["annotations"] + more}
         source = read_lists(source, _WANTED | rows)
     try:
         image_counts(source)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"ground_truth: {error!r}") from error
+        raise ValueError(f"{who}{error!r}") from error
     return source
 
 # %% ../nbs/10_evaluation.ipynb #63cbe2c1

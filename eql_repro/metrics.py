@@ -102,14 +102,14 @@ def classification_results(
     """Metrics, per-class results and calibration of a test set, as plain numbers.
 
     scores: probabilities [N, C]; labels: int64 [N] in [0, C); counts: training images
-    per class, int64 [C]. Groups without a class are left out. The entry "groups" of the
-    calibration has that of the images of each group.
+    per class, int64 [C]. A class without images is None, a group without an image is
+    left out. The entry "groups" of the calibration has that of each group's images.
     """
     C = scores.shape[1]
     accuracy = class_accuracy(scores, labels, C)
     groups = ClassFrequency(counts).groups("classification")
     by_group = group_accuracy(accuracy, {k: m for k, m in groups.items() if m.any()})
-    del by_group["all"]
+    by_group = {k: v for k, v in by_group.items() if k != "all" and v == v}
     top = {"top1": top_k(scores, labels), "top5": top_k(scores, labels, min(5, C))}
     positive = mean_positive_score(scores, labels, C)
     per_class = {"accuracy": accuracy, "mean_positive_score": positive}
@@ -118,7 +118,8 @@ def classification_results(
     return {
         "metrics": top | by_group,
         "per_class": {
-            k: [round(x, 6) for x in v.tolist()] for k, v in per_class.items()
+            k: [None if x != x else round(x, 6) for x in v.tolist()]
+            for k, v in per_class.items()
         },
         "calibration": calibration(scores, labels) | {"groups": bins},
     }

@@ -97,10 +97,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     `masks`, `boxes`, `size`: as in `mask_patches`.
     """
     pasted = masks.new_zeros(len(masks), 1, *size)
-    for image, (patch, y, x) in zip(
-        pasted, mask_patches(masks, boxes, size), strict=True
-    ):
-        image[0, y : y + patch.shape[0], x : x + patch.shape[1]] = patch
+    for i, (patch, y, x) in enumerate(mask_patches(masks, boxes, size)):
+        pasted[i, 0, y : y + patch.shape[0], x : x + patch.shape[1]] = patch
     return pasted
 
 # %% ../nbs/11_regions.ipynb #5f7605e1

@@ -567,7 +567,7 @@ def _categories(scenes: Scenes) -> list[dict]:
         for label in range(scenes.num_classes)
     ]
 
-# %% ../nbs/09_scenes.ipynb #ad4cc09e
+
 def _image_row(target: dict[str, Tensor], size: int) -> dict:
     return {
         "id": int(target["image_id"]),
@@ -578,7 +578,7 @@ def _image_row(target: dict[str, Tensor], size: int) -> dict:
         "not_exhaustive_category_ids": (target["not_exhaustive_labels"] + 1).tolist(),
     }
 
-
+# %% ../nbs/09_scenes.ipynb #ad4cc09e
 def _annotation_rows(target: dict[str, Tensor]) -> list[dict]:
     masks = np.asfortranarray(target["masks"].permute(1, 2, 0).numpy())
     codes = require("pycocotools.mask").encode(masks)
@@ -593,7 +593,7 @@ def _annotation_rows(target: dict[str, Tensor]) -> list[dict]:
         for category, box, area, code in zip(*columns, codes, strict=True)
     ]
 
-# %% ../nbs/09_scenes.ipynb #fdc9fa65
+
 def _lvis(scenes: Scenes, target_of: Callable[[int], dict], images: int | None) -> dict:
     count = len(scenes) if images is None else images
     _check_integer("images", count, 1, len(scenes))
@@ -605,18 +605,25 @@ def _lvis(scenes: Scenes, target_of: Callable[[int], dict], images: int | None) 
     categories = _categories(scenes)
     return {"images": rows, "categories": categories, "annotations": annotations}
 
-
+# %% ../nbs/09_scenes.ipynb #fdc9fa65
 def export_scenes(
-    directory: str | PathLike, scenes: Scenes, images: int | None = None
+    directory: str | PathLike,
+    scenes: Scenes,
+    images: int | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a split as LVIS v0.5 files: `train.json` and `train/*.png`, or `val`.
 
     `directory`: is made if it is missing; `scenes`: a data set; `images`: only the
-    first so many. The json comes last, so where it is, the images are. Returns its
-    path. Raises ValueError or TypeError for another number of images, ImportError
-    naming the extra if pycocotools is missing, OSError if a file cannot be written.
+    first so many; `force`: replace a json that is there. The json comes last, so where
+    it is, the images are. Returns its path. Raises FileExistsError where it is there,
+    ValueError or TypeError for another number of images, ImportError naming the extra
+    if pycocotools is missing, OSError if a file cannot be written.
     """
     folder = Path(directory, scenes.split)
+    path, part = folder.with_suffix(".json"), folder.with_suffix(".json.part")
+    if path.exists() and not force:
+        raise FileExistsError(f"directory: {path} is there; force replaces it")
     folder.mkdir(parents=True, exist_ok=True)
 
     def written(index: int) -> dict[str, Tensor]:
@@ -626,6 +633,5 @@ def export_scenes(
         pixels.save(folder / name, compress_level=1)
         return target
 
-    text = json.dumps(_lvis(scenes, written, images))
-    folder.with_suffix(".json").write_text(text, encoding="utf-8")
-    return folder.with_suffix(".json")
+    part.write_text(json.dumps(_lvis(scenes, written, images)), encoding="utf-8")
+    return part.replace(path)

@@ -7,13 +7,17 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import resnet18
 from two_processes import start_pair
 
-from eql_repro.detect import Detection
+from eql_repro.classify import build_loss
+from eql_repro.detect import Detection, grouped_order, merged
+from eql_repro.detections import DetectionWriter, read_detections
 from eql_repro.evaluation import evaluate_lvis
 from eql_repro.instances import read_annotations
 from eql_repro.predict import predict
@@ -160,3 +164,56 @@ def test_predictions_have_the_category_ids_of_the_data(tmp_path):
         found = {json.loads(x)["category_id"] for x in file.read_text().splitlines()}
         listed = json.loads(file.with_name("images.json").read_text())["categories"]
         assert found and found <= {*ids} and [row["id"] for row in listed] == ids
+
+
+def test_a_coco_file_that_cannot_be_evaluated_is_refused_before_training(tmp_path):
+    (tmp_path / "val2017").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "val2017" / "a.jpg")
+    image = {"id": 5, "height": 32, "width": 32, "file_name": "a.jpg"}
+    box = {"id": 1, "image_id": 5, "category_id": 1, "bbox": [2, 2, 9, 9], "area": 81}
+    box |= {"segmentation": [[2, 2, 11, 2, 11, 11, 2, 11]], "iscrowd": 0}
+    truth = {"images": [image], "annotations": [box]}
+    truth |= {"categories": [{"id": 1, "name": "a"}]}
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps(truth))
+    recipe = replace(TINY, data="instances", profile="", num_classes=1)
+    with pytest.raises(ValueError, match=r"val\.json .*image 5 has no \['neg_cat"):
+        Detection(recipe, str(tmp_path))
+    image |= dict.fromkeys(("neg_category_ids", "not_exhaustive_category_ids"), [])
+    truth["categories"][0]["frequency"] = "r"
+    (tmp_path / "val.json").write_text(json.dumps(truth))  # train.json may be COCO's
+    assert len(Detection(recipe, str(tmp_path)).test) == 1
+
+
+@pytest.mark.parametrize("high", [0, 14, 32, 50, 64])
+def test_images_of_the_rarer_shape_are_trained_on(high):
+    wide, seen = torch.arange(64) >= high, set()
+    for epoch in range(20):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
+        seen |= {*grouped_order(order, wide, 32).tolist()}
+    assert seen == {*range(64)}
+
+
+def test_detections_of_a_killed_evaluation_are_not_merged(tmp_path):
+    row = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
+    for k, score in ((0, 0.1), (1, 0.2), (10, 0.9)):
+        with DetectionWriter(tmp_path / f"detections-{k}.jsonl") as writer:
+            writer.write([row | {"image_id": k % 10, "score": score}])
+            writer.write([row | {"image_id": 7, "score": score}] if k == 10 else [])
+    assert read_detections(merged(tmp_path, 2))[0][:, 5].tolist() == [0.1, 0.2]
+    assert [path.name for path in tmp_path.iterdir()] == ["detections.jsonl"]
+
+
+def test_a_task_measures_masks_where_the_model_has_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("eql_repro.detect.detect", lambda *rest: None)
+    monkeypatch.setattr(
+        "eql_repro.detect.measured", lambda data, path, kinds, *_: kinds
+    )
+    for first in "mask", "faster":  # runs of a process share the task of the first
+        task = Detection(replace(TINY, network=f"{first}_rcnn_r18_fpn"))
+        for kind in "mask", "faster":
+            recipe = replace(TINY, network=f"{kind}_rcnn_r18_fpn")
+            model = task.build_model(recipe, 0, build_loss(recipe, task.frequency))
+            place = SimpleNamespace(process_index=0), 0, True, tmp_path
+            kinds = task.evaluate(model, None, *place)
+            assert kinds == ("bbox", "segm")[: 1 + (kind == "mask")]

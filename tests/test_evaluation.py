@@ -18,7 +18,12 @@ import pytest
 import torch
 
 from eql_repro import evaluation
-from eql_repro.detections import DetectionWriter, detections_from, merge_detections
+from eql_repro.detections import (
+    DetectionWriter,
+    detections_from,
+    merge_detections,
+    read_detections,
+)
 from eql_repro.evaluation import (
     detection_calibration,
     draw_detections,
@@ -430,6 +435,21 @@ def test_wrong_sources_and_options(tmp_path):
         detection_calibration(truth, rows, bins=0)
     with pytest.raises(ValueError, match=r"image: got shape \[4, 5, 3\]"):
         draw_detections(np.zeros((4, 5, 3)), rows)
+
+
+@pytest.mark.parametrize("msgspec", [True, False])
+def test_a_file_of_another_shape_is_refused_by_name(tmp_path, monkeypatch, msgspec):
+    if not msgspec:
+        monkeypatch.setattr("eql_repro.detections._msgspec", None)
+    file, good = tmp_path / "some.json", json.dumps([guess()])
+    for text in ("\ufeff" + good, "nonsense]", "]", "", "null", good[:-9]):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"some\.json: "):
+            evaluate_lvis(one_object(), file)
+        with pytest.raises(ValueError, match=r"some\.json: "):
+            evaluate_lvis(file, [guess()])
+    file.write_text("[]")
+    assert len(read_detections(file)[0]) == 0
 
 
 def test_detections_from_wrong_outputs():

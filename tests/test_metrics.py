@@ -1,9 +1,17 @@
-"""What the chapter of the metrics cannot hold: errors."""
+"""What the chapter of the metrics cannot hold: errors, and what is not there."""
+
+import json
 
 import pytest
 import torch
 
-from eql_repro.metrics import calibration, class_accuracy, mean_positive_score, top_k
+from eql_repro.metrics import (
+    calibration,
+    class_accuracy,
+    classification_results,
+    mean_positive_score,
+    top_k,
+)
 
 
 @pytest.mark.parametrize("measure", [top_k, calibration])
@@ -22,3 +30,14 @@ def test_one_label_for_each_row(measure):
 def test_k_is_at_most_the_number_of_classes(k):
     with pytest.raises(ValueError, match=f"k: got {k}, expected 1 to 4"):
         top_k(torch.zeros(2, 4), torch.zeros(2).long(), k)
+
+
+def test_results_are_json_though_a_class_and_a_group_have_no_images():
+    scores, labels = torch.eye(3)[:2], torch.arange(2)
+    results = classification_results(scores, labels, torch.tensor([500, 50, 5]))
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert results["per_class"]["mean_positive_score"] == [1, 1, None]
+    assert (
+        "few" not in results["metrics"]
+        and "few" not in results["calibration"]["groups"]
+    )

@@ -175,6 +175,13 @@ def test_masks_are_pasted_as_torchvision_pastes_them():
     assert none.shape == (0, 1, *SIZE)
 
 
+def test_masks_are_pasted_with_their_gradients():
+    boxes = torch.tensor([[1.0, 2, 9, 12], [0.0, 0, 128, 96]])
+    masks = torch.rand(2, 28, 28, requires_grad=True)
+    paste_masks(masks, boxes, SIZE).sum().backward()
+    assert (masks.grad > 0).any((1, 2)).all()
+
+
 def test_run_lengths_are_those_of_pycocotools():
     torch.manual_seed(0)
     boxes = torch.cat([random_boxes(80), torch.tensor([[0.0, 0, SIZE[1], SIZE[0]]])])

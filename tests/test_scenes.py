@@ -368,3 +368,14 @@ def test_a_wrong_number_of_images_is_named(images, tmp_path):
     with pytest.raises((ValueError, TypeError), match="images"):
         export_scenes(tmp_path, Scenes("pocket", "val"), images)
     assert not Path(tmp_path, "val.json").exists()
+
+
+def test_an_export_replaces_no_json_unasked(tmp_path):
+    scenes, own = Scenes("pocket", "val"), tmp_path / "val.json"
+    own.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"val\.json is there; force"):
+        export_scenes(tmp_path, scenes, 1)
+    assert own.read_text() == "mine" and [*tmp_path.iterdir()] == [own]
+    assert export_scenes(tmp_path, scenes, 1, force=True) == own
+    assert json.loads(own.read_text()) == scenes.to_lvis(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["val", "val.json"]
