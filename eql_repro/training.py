@@ -239,8 +239,12 @@ def open_folder(folder: Path, recipe: Recipe) -> None:
     Raises ValueError where another recipe began in it, FileExistsError for a finished
     run.
     """
-    if (folder / "run.json").is_file():
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+    start = folder / "run.json"
+    if start.is_file():
+        try:
+            found = dict(json.loads(start.read_text(encoding="utf-8"))["recipe"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{start} is broken; --force replaces it") from None
         wanted = json.loads(json.dumps(asdict(recipe)))
         for name in wanted:
             if found.get(name) != wanted[name]:

@@ -200,6 +200,15 @@ def test_changed_recipe_in_the_same_folder_is_refused(tmp_path):
         train([(TINY, 0)], tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"recipe": 1}'])
+def test_a_broken_start_is_named(tmp_path, text):
+    folder = run_folder(tmp_path, TINY, 0)
+    folder.mkdir()
+    (folder / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="run.json is broken; --force replaces it"):
+        train([(TINY, 0)], tmp_path)
+
+
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     wild = replace(TINY, name="wild", lr=1e30, warmup=0)
     with pytest.raises(FloatingPointError, match="wild seed 0: the loss is"):
