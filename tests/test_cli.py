@@ -23,7 +23,7 @@ RECIPE = """
 from eql_repro.recipe import Recipe
 
 slow = Recipe("slow", data="crops", num_classes=5, imbalance=10, network="resnet8",
-              loss="eql", lambda_=0.1, iterations=300, batch=8, background=8, lr=0.05,
+              loss="eql", lambda_=0.1, iterations=120, batch=8, background=8, lr=0.05,
               warmup=0, milestones=())
 """
 
@@ -52,7 +52,7 @@ def test_interrupt_then_resume_then_refuse(tmp_path):
     done = eql("resume", "runs/slow-s1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((folder / "record.json").read_text())
-    assert record["iterations"] == 300 and record["seed"] == 1
+    assert record["iterations"] == 120 and record["seed"] == 1
 
     again = eql("run", "my.py:slow", "--seed", 1, cwd=tmp_path)
     assert again.returncode == 2 and "finished run; --force replaces it" in again.stderr
