@@ -109,10 +109,9 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="image files")],
     out: Annotated[Path, typer.Option(help="a new folder")] = Path("predictions"),
     threshold: Annotated[float, typer.Option(help="smallest score drawn")] = 0.3,
-    data: Annotated[str | None, typer.Option(help="the run's data's folder")] = None,
 ) -> None:
     """Search photographs: detections as json lines, and a picture of each image."""
-    print(require("eql_repro.predict").predict(folder, images, out, threshold, data))
+    print(require("eql_repro.predict").predict(folder, images, out, threshold))
 
 # %% ../nbs/17_commands.ipynb #162344cf
 CASES = {

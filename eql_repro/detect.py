@@ -107,11 +107,11 @@ def grouped_order(order: Tensor, wide: Tensor, batch: int) -> Tensor:
 
     order: int64 [n], positions; wide: bool [N], whether an image is wider than high;
     batch: B. Returns whole batches, int64 [at most n], in the order of their first
-    images; the order as it is where one kind has images, but too few for a batch.
+    images; not grouped where one kind has images, but too few for a batch.
     """
     groups = [order[wide[order]], order[~wide[order]]]
     if any(0 < len(g) < batch for g in groups):
-        return order
+        return order[: len(order) // batch * batch or None]
     place = torch.empty(len(wide), dtype=torch.long)
     place[order.flip(0)] = torch.arange(len(order)).flip(0)  # where it comes first
     full = [g[: len(g) // batch * batch].reshape(-1, batch) for g in groups]
@@ -199,7 +199,9 @@ def finished_run(
     if not (folder / "weights.pt").is_file():
         raise ValueError(f"folder: {folder} has no weights.pt: not a finished run")
     recipe, state = read_run(folder)
-    loss = build_loss(recipe, ClassFrequency(torch.ones(recipe.num_classes).long()))
+    if "counts" not in state:
+        raise ValueError(f"{folder / 'run.json'}: no counts, a run of an older version")
+    loss = build_loss(recipe, ClassFrequency(state["counts"], state["total"]))
     model = build(without_weights(recipe), state["seed"], loss)
     model.load_state_dict(load_weights(folder / "weights.pt"))
     return model.eval(), recipe

@@ -136,11 +136,13 @@ def plot_class_accuracy(
 ) -> Axes:
     """Accuracy of each class against its rank, the mean over seeds if given several.
 
-    accuracy: fractions [C] or [seeds, C], classes ordered from many images to few.
+    accuracy: fractions [C] or [seeds, C], classes ordered from many images to few; None
+    for a class that was not measured.
     groups: name to bool [C], as `ClassFrequency.groups` gives.
     Raises: ValueError if the lengths differ.
     """
-    percent = 100 * np.atleast_2d(np.asarray(accuracy, dtype=float)).mean(0)
+    known = np.ma.masked_invalid(np.atleast_2d(np.asarray(accuracy, dtype=float)))
+    percent = 100 * known.mean(0)
     ax = _axes(ax, "class rank (0 has the most images)", ylabel)
     for name, members in groups.items():
         if len(members) != len(percent):
@@ -149,7 +151,7 @@ def plot_class_accuracy(
                 f"accuracy of {len(percent)}"
             )
         rank = np.flatnonzero(np.asarray(members))
-        if len(rank):
+        if percent[rank].count():
             style = _group_style(name)
             ax.plot(rank, percent[rank], ls="", ms=3.5, **style)
             ends = rank.min() - 0.5, rank.max() + 0.5

@@ -78,7 +78,7 @@ def _trained(group: list[Run], out, options: Options, end: float, say) -> bool:
             raise
         say(f"time is up: {names}")
         return False
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, BlockingIOError) as error:
         say(f"passed over: {names} ({error})")
         return False
     say(f"done: {names}")

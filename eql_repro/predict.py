@@ -16,7 +16,7 @@ import torch
 
 from .classify import build_loss
 from .counts import require
-from .detect import Detection, load_detection_data
+from .detect import Detection
 from .detections import DetectionWriter, detections_from
 from .detector import Detector
 from .evaluation import draw_detections
@@ -24,7 +24,7 @@ from .instances import read_image
 from .lanes import TASKS
 from .provenance import write_json
 from .recipe import read_run
-from .training import load_run
+from .training import load_run, make_accelerator
 
 # %% ../nbs/17_predict.ipynb #57f43fb9
 def evaluate_run(
@@ -36,8 +36,7 @@ def evaluate_run(
     is not finished, a file of it is broken, or the data is not given.
     """
     model, recipe = load_run(folder)
-    precision = "bf16" if recipe.precision == "bf16" else "no"
-    accelerator = require("accelerate").Accelerator(mixed_precision=precision)
+    accelerator = make_accelerator(recipe.precision)
     task = TASKS[recipe.data](recipe, data)
     loss = build_loss(recipe, task.frequency)
     model = model.to(accelerator.device)
@@ -45,18 +44,10 @@ def evaluate_run(
         return task.evaluate(model, loss, accelerator, workers, True, Path(room))
 
 # %% ../nbs/17_predict.ipynb #b9488413
-def categories_of(folder: str | Path, data: str | None = None) -> dict[int, str]:
-    """Category ids of a detection run and their names, in the order of its labels.
-
-    A run that does not hold the ids, from an older version, reads them from its data.
-    data: the folder of that, default the one it was trained with.
-    """
-    recipe, state = read_run(folder)
-    ids = state.get("category_ids")
-    if ids is None:
-        data = data or state.get("options", {}).get("data")
-        _, test = load_detection_data(recipe, data)
-        ids = test.category_ids.tolist()
+def categories_of(folder: str | Path) -> dict[int, str]:
+    """Category ids of a detection run and their names, in the order of its labels."""
+    _, state = read_run(folder)
+    ids = state["category_ids"]
     return dict(zip(ids, state.get("names") or map(str, ids), strict=True))
 
 
@@ -69,13 +60,15 @@ def listed(images: Sequence[Path], names: dict[int, str]) -> dict[str, list[dict
 
 # %% ../nbs/17_predict.ipynb #c1b72664
 def predict(
-    folder: str | Path, images: Sequence[str | Path], out: str | Path,
-    threshold: float = 0.3, data: str | None = None,
-) -> Path:  # fmt: skip
+    folder: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    threshold: float = 0.3,
+) -> Path:
     """Search image files with a finished detector; returns the file of detections.
 
     out: a new folder for `predictions.jsonl`, `images.json` and a picture of each
-    image; threshold: smallest score; data: see `categories_of`.
+    image; threshold: smallest score.
     Raises ValueError for a run of a classifier, an empty list or an image twice,
     OSError for a file that is no image, FileExistsError where out exists.
     """
@@ -88,8 +81,8 @@ def predict(
             f"images: got {len(images)}, expected files of different names"
         )
     pixels = [read_image(image) for image in images]  # all are read before the work
-    names = categories_of(folder, data)
-    model = model.to(require("accelerate").Accelerator().device)
+    names = categories_of(folder)
+    model = model.to(make_accelerator(recipe.precision).device)
     Path(out).mkdir(parents=True)
     write_json(Path(out) / "images.json", listed(images, names))
     with DetectionWriter(Path(out) / "predictions.jsonl") as writer:

@@ -216,6 +216,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Any:
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: broken, cannot be read ({error})") from error
 

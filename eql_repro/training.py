@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOG_EVERY', 'SHARED', 'log', 'watch', 'thin', 'metered', 'images_in', 'speed', 'build_record', 'finish', 'load_run',
            'Options', 'check_runs', 'run_folder', 'discard', 'open_folder', 'unfinished', 'Interrupted', 'stop_signals',
-           'should_stop', 'batch_stream', 'run_lanes', 'open_accelerator', 'open_lane', 'devices_of', 'write_start',
-           'lost_process', 'train']
+           'should_stop', 'batch_stream', 'run_lanes', 'make_accelerator', 'open_accelerator', 'open_lane',
+           'devices_of', 'write_start', 'lost_process', 'train']
 
 # %% ../nbs/14_training.ipynb #e2f7880b
 import json
@@ -156,8 +156,8 @@ def finish(lane: Lane, accelerator: Any, workers: int = 0) -> None:
     weights = accelerator.unwrap_model(lane.model).state_dict()
     write_file(lane.folder / "weights.pt", lambda part: torch.save(weights, part))
     write_json(lane.folder / "record.json", record)
-    for path in lane.folder.glob("checkpoint*"):
-        path.unlink()
+    for path in [*lane.folder.glob("checkpoint*"), *lane.folder.glob("*.part")]:
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/14_training.ipynb #503879ce
 def load_run(folder: str | Path) -> tuple[nn.Module, Recipe]:
@@ -225,11 +225,12 @@ def run_folder(out: str | Path, recipe: Recipe, seed: int) -> Path:
     """The folder of one run: out/<recipe>-s<seed>."""
     return Path(out) / f"{recipe.name}-s{seed}"
 
-
+# %% ../nbs/14_training.ipynb #bfeed65a
 def discard(folder: Path) -> None:
     """Remove what a run left in its folder."""
     names = ("record.json", "run.json", "weights.pt", "failed.pt")
-    for path in [*map(folder.joinpath, names), *folder.glob("checkpoint*")]:
+    left = [*folder.glob("checkpoint*"), *folder.glob("*.part")]
+    for path in [*map(folder.joinpath, names), *left]:
         path.unlink(missing_ok=True)
 
 # %% ../nbs/14_training.ipynb #a9e810f8
@@ -379,15 +380,21 @@ def run_lanes(
                 raise Interrupted(f"stopped after iteration {t}")
 
 # %% ../nbs/14_training.ipynb #b4a7c69b
+def make_accelerator(precision: str, **options: Any) -> Any:
+    """Accelerate's Accelerator for "fp32" or "bf16", whatever one was made before."""
+    module = require("accelerate")
+    module.state.AcceleratorState._reset_state()  # else the first precision stays
+    mixed = "bf16" if precision == "bf16" else "no"
+    return module.Accelerator(mixed_precision=mixed, **options)
+
+
 def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
     """Accelerate's Accelerator for these runs, once they are known to be sound."""
-    module = require("accelerate")
     check_runs(runs)
-    bf16 = runs[0][0].precision == "bf16"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     trackers = {"log_with": "tensorboard"} if options.tensorboard else {}
-    accelerator = module.Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
+    accelerator = make_accelerator(
+        runs[0][0].precision,
         cpu=several and not torch.cuda.is_available(),  # else they form no group
         project_dir=str(out),
         **trackers,
@@ -419,12 +426,12 @@ def devices_of(folder: Path, device: torch.device) -> list[str]:
 def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
     """Write `run.json`: what is run, how, where, by which code; on the main process."""
     if accelerator.is_main_process:
-        lane.folder.mkdir(parents=True, exist_ok=True)
         what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
         what |= {"devices": devices_of(lane.folder, accelerator.device)}
-        what |= {"options": asdict(options), "names": lane.task.frequency.names}
-        ids = getattr(lane.task.test, "category_ids", None)  # of a detector's classes
-        what |= {"category_ids": None if ids is None else ids.tolist()}
+        ids = getattr(lane.task.test, "category_ids", torch.tensor([])).tolist()
+        what |= {"options": asdict(options), "category_ids": ids}
+        f = lane.task.frequency
+        what |= {"names": f.names, "counts": f.counts.tolist(), "total": int(f.total)}
         write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
 # %% ../nbs/14_training.ipynb #f5d7bee5
@@ -444,10 +451,17 @@ def lost_process(processes: int) -> Iterator[None]:
 
 def _open_lanes(
     runs: Sequence, out: str | Path, options: Options, task: Any, accelerator: Any,
-    bar: Any,
+    bar: Any, force: bool,
 ) -> list[Lane]:  # fmt: skip
-    """The lanes of these runs, each from its checkpoint where there is one."""
+    """The lanes of these runs, each from its checkpoint where there is one.
+
+    force: from the start. The folders are looked at again now that they are held.
+    """
     folders = [run_folder(out, *run) for run in runs]
+    for folder, (recipe, _) in zip(folders, runs, strict=True):
+        if accelerator.is_main_process:
+            discard(folder) if force else open_folder(folder, recipe)
+    accelerator.wait_for_everyone()
     pairs = zip(runs, folders, strict=True)
     lanes = [open_lane(*run, folder, task, accelerator) for run, folder in pairs]
     for lane in lanes:
@@ -476,14 +490,13 @@ def train(
     bar = bar or require("tqdm").tqdm(disable=True)
     folders = [run_folder(out, *run) for run in runs]
     with accelerator.main_process_first():
-        runs = runs if force else unfinished(runs, out)
+        left = runs if force else unfinished(runs, out)
         task = TASKS[runs[0][0].data](runs[0][0], options.data)
-    own = [run_folder(out, *run) for run in runs] if accelerator.is_main_process else []
+    own = [run_folder(out, *run) for run in left] if accelerator.is_main_process else []
+    for recipe, _ in [run for run in runs if run not in left]:
+        bar.update(images_in(recipe, recipe.iterations))
     with sole_use(own), lost_process(accelerator.num_processes):
-        for folder in own if force else ():
-            discard(folder)
-        accelerator.wait_for_everyone()
-        lanes = _open_lanes(runs, out, options, task, accelerator, bar)
+        lanes = _open_lanes(left, out, options, task, accelerator, bar, force)
         run_lanes(lanes, accelerator, options, bar)
         for lane in lanes:
             finish(lane, accelerator, options.workers)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,14 +157,28 @@ def test_predictions_have_the_category_ids_of_the_data(tmp_path):
     (folder,) = train([(recipe, 0)], tmp_path / "runs", Options(data=str(tmp_path)))
     images = sorted(tmp_path.rglob("*.png"))[:2]
     state = json.loads((folder / "run.json").read_text())
-    older = {k: v for k, v in state.items() if k != "category_ids"}
     ids = [row["id"] for row in truth["categories"]]
-    for n, start in enumerate((state, older)):
-        (folder / "run.json").write_text(json.dumps(start))
-        file = predict(folder, images, tmp_path / f"out{n}", 0.0)
-        found = {json.loads(x)["category_id"] for x in file.read_text().splitlines()}
-        listed = json.loads(file.with_name("images.json").read_text())["categories"]
-        assert found and found <= {*ids} and [row["id"] for row in listed] == ids
+    file = predict(folder, images, tmp_path / "out", 0.0)
+    found = {json.loads(x)["category_id"] for x in file.read_text().splitlines()}
+    listed = json.loads(file.with_name("images.json").read_text())["categories"]
+    assert found and found <= {*ids} and [row["id"] for row in listed] == ids
+    assert state["category_ids"] == ids and len(state["counts"]) == 30
+
+
+def test_a_loaded_detector_has_the_tail_of_its_data(tmp_path):
+    eql = replace(TINY, name="eql", loss="eql", lambda_=0.018, iterations=1, warmup=0,
+                  milestones=(), evaluations=1)  # fmt: skip
+    (folder,) = train([(eql, 0)], tmp_path)
+    expected = build_loss(eql, Scenes("pocket").frequency).tail
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, _ = load_run(folder)
+    assert expected.any() and torch.equal(model.roi_heads.class_loss.tail, expected)
+    state = json.loads((folder / "run.json").read_text())
+    del state["counts"]
+    (folder / "run.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="no counts, a run of an older version"):
+        load_run(folder)
 
 
 def test_a_coco_file_that_cannot_be_evaluated_is_refused_before_training(tmp_path):

@@ -42,7 +42,7 @@ def detector(tmp_path, monkeypatch, sprite_cache):
     folder.mkdir()
     model = build_detection_model(POCKET, 0, loss)
     torch.save(model.state_dict(), folder / "weights.pt")
-    state = {"recipe": asdict(POCKET), "seed": 0}
+    state = {"recipe": asdict(POCKET), "seed": 0, "counts": [5] * 30, "total": 99}
     (folder / "run.json").write_text(json.dumps(state))
     return folder
 
