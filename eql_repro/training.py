@@ -418,8 +418,7 @@ def open_lane(
 def devices_of(folder: Path, device: torch.device) -> list[str]:
     """The devices a run was started on so far, in order; this one is the last."""
     path, now = folder / "run.json", device_name(device)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before = known.get("devices", [])
+    before = json.loads(path.read_bytes()).get("devices", []) if path.is_file() else []
     return before if before[-1:] == [now] else [*before, now]
 
 
