@@ -457,11 +457,10 @@ def _open_lanes(
     force: from the start. The folders are looked at again now that they are held.
     """
     folders = [run_folder(out, *run) for run in runs]
-    for folder, (recipe, _) in zip(folders, runs, strict=True):
-        if accelerator.is_main_process:
-            discard(folder) if force else open_folder(folder, recipe)
+    pairs = list(zip(runs, folders, strict=True))
+    for run, folder in pairs if accelerator.is_main_process else ():
+        discard(folder) if force else open_folder(folder, run[0])
     accelerator.wait_for_everyone()
-    pairs = zip(runs, folders, strict=True)
     lanes = [open_lane(*run, folder, task, accelerator) for run, folder in pairs]
     for lane in lanes:
         write_start(lane, options, accelerator)
