@@ -282,10 +282,18 @@ def records(
             print(f"{file.stem}: {name} {100 * value:.1f} %, {r.device}")
         print(f"{len(files)} records; `eql records --missing` lists what was not run")
 
-# %% ../nbs/18_cli.ipynb #5874af2c
+# %% ../nbs/18_cli.ipynb #993cec20
 TAIL_RATIOS = (0.02, 0.05, 0.1)
 
 
+def _proposed(frequency: Any) -> list[float]:
+    """The λ nearest to `TAIL_RATIOS`, at least that of the rarest class."""
+    seen = [n for n in frequency.counts.tolist() if n]
+    least = frequency.lambda_for(count=min(seen, default=1))
+    nearest = [frequency.lambda_for(tail_ratio=ratio) for ratio in TAIL_RATIOS]
+    return sorted({max(least, value) for value in nearest})
+
+# %% ../nbs/18_cli.ipynb #5874af2c
 @app.command()
 def frequencies(
     file: Annotated[Path, typer.Argument(help="LVIS or COCO annotations, .json")],
@@ -294,16 +302,19 @@ def frequencies(
 ) -> None:
     """Class frequencies of a json: groups, and the classes of the tail for each λ.
 
-    Without --lambda: the λ nearest to tail ratios of 2, 5 and 10 %.
+    Without --lambda: the λ nearest to tail ratios of 2, 5 and 10 %, at least the λ of
+    the rarest class.
     """
     longtail = require("eql_repro.longtail")
-    frequency = longtail.ClassFrequency.from_annotations(file, images=images)
+    try:
+        frequency = longtail.ClassFrequency.from_annotations(file, images=images)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
     print(f"{len(frequency)} classes, {int(frequency.total)} images ({images})")
     for name, members in frequency.groups().items():
         print(f"{name:>9}: {int(members.sum())} classes")
     print("\n    lambda  classes  images at most  tail ratio")
-    nearest = {frequency.lambda_for(tail_ratio=ratio) for ratio in TAIL_RATIOS}
-    for value in lambda_ or sorted(nearest):
+    for value in lambda_ or _proposed(frequency):
         tail, ratio = frequency.tail(value), frequency.tail_ratio(value)
         most = max(frequency.counts[tail].tolist(), default="–")
         print(f"{value:10.5g}  {int(tail.sum()):7}  {most:>14}  {100 * ratio:8.2f} %")

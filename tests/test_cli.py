@@ -148,6 +148,20 @@ def test_data_check_fails_for_broken_files_only(tmp_path, capsys):
     assert "lvis_v0.5_val.json" in capsys.readouterr().out
 
 
+def test_frequencies_proposes_no_empty_tail_and_names_a_broken_file(tmp_path, capsys):
+    rows = [{"image_id": i, "category_id": 1 + (i > 3)} for i in range(5)]
+    small = {"images": [{"id": i} for i in range(9)], "annotations": rows}
+    small["categories"] = [{"id": i, "name": str(i)} for i in (1, 2, 3)]
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(small))
+    with pytest.raises(SystemExit) as end:
+        main(["frequencies", str(file)])
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert not end.value.code and last[1:3] == ["2", "1"]  # classes 2 and 3
+    file.write_text("{")
+    assert f"{file}: not JSON" in error_of(capsys, "frequencies", file)
+
+
 def test_help_and_evaluation_load_no_torch(tmp_path):
     pytest.importorskip("hotcoco", reason="needs eql_repro[run]")
     image = {"id": 1, "height": 9, "width": 9, "neg_category_ids": []}
