@@ -248,11 +248,15 @@ def check_images(data: InstanceSet) -> None:
 
 # %% ../nbs/08_instances.ipynb #d22aa70b
 class DataPart(NamedTuple):
-    """A file or folder of the data: its name, whether it is whole, and its state."""
+    """A file or folder of the data: its name, whether it is whole, and its state.
+
+    broken: whether what is there cannot be used, as a cut json or image.
+    """
 
     name: str
     whole: bool
     state: str
+    broken: bool = False
 
     def __str__(self) -> str:
         return f"{self.name:<26}{self.state}"
@@ -270,7 +274,7 @@ def _report(annotations: Annotations, folder: Path, read_images: bool):
         text += f"; {kind}: {count:,}"
     for kind, files in (("missing", absent), ("unusable", faults)):
         text += f"; image files {kind}: {_few(files)}" if files else ""
-    return not absent and not faults, text
+    return not absent and not faults, text, bool(faults)
 
 # %% ../nbs/08_instances.ipynb #941d8d79
 def _check_part(folder: Path, name: str, read_images: bool) -> DataPart:
@@ -285,7 +289,7 @@ def _check_part(folder: Path, name: str, read_images: bool) -> DataPart:
         try:
             annotations = read_annotations(path)
         except ValueError as error:
-            return DataPart(name, False, f"broken: {error}")
+            return DataPart(name, False, f"broken: {error}", True)
     return DataPart(name, *_report(annotations, folder, read_images))
 
 # %% ../nbs/08_instances.ipynb #7949b1aa

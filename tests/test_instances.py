@@ -317,12 +317,14 @@ def test_check_data_tells_whole_broken_missing_and_own_files(truth, folder):
     assert len(parts) == 9
     assert [n for n, p in parts.items() if p.whole] == ["instances_val2017.json"]
     assert parts["lvis_v1_val.json"].state.startswith("broken: ")
+    assert [n for n, p in parts.items() if p.broken] == ["lvis_v1_val.json"]
     assert "missing, from https://" in parts["lvis_v0.5_train.json"].state
     assert parts["val2017"].state == "1 of 5,000 images"
     assert "image files missing: COCO_val2014_0" in parts["mine.json"].state
     (folder / "val2017/000000000070.jpg").write_bytes(b"")
     read = {part.name: part for part in check_data(folder, read_images=True)}
-    assert "unusable: " in read["instances_val2017.json"].state
+    part = read["instances_val2017.json"]
+    assert part.broken and "unusable: " in part.state
     with pytest.raises(NotADirectoryError):
         check_data(folder / "nowhere")
 
