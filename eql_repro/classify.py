@@ -33,7 +33,7 @@ from .longtail import ClassFrequency
 from .metrics import classification_results, top_k
 
 # %% ../nbs/14_classify.ipynb #b0d4da81
-from .recipe import DETECTED, Recipe
+from .recipe import DETECTED, Recipe, check_classes
 from eql_repro.rivals import (
     BalancedSoftmaxLoss,
     ClassBalancedLoss,
@@ -113,14 +113,7 @@ def load_data(recipe: Recipe, data: str | None = None) -> tuple[ImageSet, ...]:
     Raises ValueError where a folder is needed and not given or the classes are others
     than the recipe's, FileNotFoundError where the data is not there.
     """
-    parts = DATA_SETS[recipe.data](recipe, data)
-    for part in parts:
-        if part.num_classes != recipe.num_classes:
-            raise ValueError(
-                f"num_classes of recipe {recipe.name!r}: got {recipe.num_classes}, the "
-                f"data has {part.num_classes}"
-            )
-    return parts
+    return check_classes(recipe, DATA_SETS[recipe.data](recipe, data))
 
 # %% ../nbs/14_classify.ipynb #d185efe4
 _Labels = Tensor | Sequence  # of each image: one class, or several

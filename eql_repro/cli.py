@@ -306,10 +306,7 @@ def frequencies(
     the rarest class.
     """
     longtail = require("eql_repro.longtail")
-    try:
-        frequency = longtail.ClassFrequency.from_annotations(file, images=images)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+    frequency = longtail.ClassFrequency.from_annotations(file, images=images)
     print(f"{len(frequency)} classes, {int(frequency.total)} images ({images})")
     for name, members in frequency.groups().items():
         print(f"{name:>9}: {int(members.sum())} classes")

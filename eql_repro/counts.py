@@ -14,10 +14,18 @@ from types import ModuleType
 from typing import Any
 
 # %% ../nbs/01_counts.ipynb #28abbac4
+def _read_json(path: str | PathLike) -> Any:
+    """What a json file holds; ValueError names one that is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+
+
 def _read_annotations(source: str | PathLike | dict) -> dict:
     """Read an LVIS or COCO json and check that its three lists are there."""
     if isinstance(source, (str, PathLike)):
-        source = json.loads(Path(source).read_text(encoding="utf-8"))
+        source = _read_json(source)
     if not isinstance(source, dict):
         raise TypeError(f"source must be a path or a dict, got {type(source).__name__}")
     for key in ("images", "categories", "annotations"):

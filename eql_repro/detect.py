@@ -35,7 +35,7 @@ from .fetch import find_part
 from .instances import InstanceSet
 from .longtail import ClassFrequency
 from .provenance import load_weights
-from .recipe import Recipe, read_run
+from .recipe import Recipe, check_classes, read_run
 from .samplers import batch_of, keyed_generator
 
 # %% ../nbs/14_detect.ipynb #e4088e4b
@@ -80,14 +80,7 @@ def load_detection_data(
     or evaluation needs or the classes are others than the recipe's, FileNotFoundError
     where the data is not there.
     """
-    parts = DETECTION_SETS[recipe.data](recipe, data)
-    for part in parts:
-        if part.num_classes != recipe.num_classes:
-            raise ValueError(
-                f"num_classes of recipe {recipe.name!r}: got {recipe.num_classes}, the "
-                f"data has {part.num_classes}"
-            )
-    return parts
+    return check_classes(recipe, DETECTION_SETS[recipe.data](recipe, data))
 
 # %% ../nbs/14_detect.ipynb #dca01e0c
 def count_frequency(train: Dataset, count_images: str = "all") -> ClassFrequency:
@@ -325,12 +318,12 @@ def measured(
 class Detection:
     """What the loop asks of a task, answered for detectors.
 
-    recipe: of the first run; the runs agree in their data, and where that is files,
-    masks are read if the first run's detector has them; data: its folder, or None.
+    recipe: of the first run; the runs agree in their data and, so that all or none
+    read masks, in the network; data: its folder, or None.
     Raises ValueError or FileNotFoundError where the data does not fit the recipe.
     """
 
-    shared = ("num_classes", "profile", "count_images")
+    shared = ("num_classes", "network", "profile", "count_images")
     build_model = staticmethod(build_detection_model)
 
     def __init__(self, recipe: Recipe, data: str | None = None) -> None:

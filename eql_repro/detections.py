@@ -23,6 +23,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+# %% ../nbs/10_detections.ipynb #d043d7e7
+from .counts import _read_json
+
 # %% ../nbs/10_detections.ipynb #d68fd01c
 _msgspec = import_module("msgspec") if find_spec("msgspec") else None  # slower without
 
@@ -54,14 +57,6 @@ def _load(line: str) -> Any:
             pass
     return json.loads(line)
 
-# %% ../nbs/10_detections.ipynb #e71430f8
-def _parsed(path: str | PathLike) -> Any:
-    """A json file; ValueError names one that is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-
 # %% ../nbs/10_detections.ipynb #a724e255
 def detection_rows(source: Any) -> Iterator[dict]:
     """Rows of a list, of a json list, or of a file of JSON lines (.jsonl).
@@ -71,7 +66,7 @@ def detection_rows(source: Any) -> Iterator[dict]:
     if not isinstance(source, (str, PathLike)):
         yield from source
     elif Path(source).suffix != ".jsonl":
-        rows = _parsed(source)
+        rows = _read_json(source)
         if not isinstance(rows, list):
             kind = type(rows).__name__
             raise ValueError(f"{source}: got {kind}, expected a json list of rows")
@@ -209,7 +204,7 @@ def read_lists(path: str | PathLike, fields: Mapping[str, Sequence[str]]) -> Any
             return _msgspec.json.decode(text, type=_lists(wanted))
         except _msgspec.MsgspecError:
             pass
-    return _parsed(path)
+    return _read_json(path)
 
 # %% ../nbs/10_detections.ipynb #681190b2
 def detections_from(

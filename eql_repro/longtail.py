@@ -353,7 +353,5 @@ def tail_of(
     if not ((tail >= 0) & (tail <= 1)).all():
         raise ValueError("threshold must return values in [0, 1]")
     if lambda_ > 0 and not tail.any():
-        warnings.warn(
-            f"lambda_={lambda_:g}: no class is rarer, the tail is empty", stacklevel=3
-        )
+        warnings.warn(f"lambda_={lambda_:g} leaves the tail empty", stacklevel=3)
     return tail

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIED', 'DETECTED', 'DATA', 'SOFTMAX', 'SIGMOID', 'LOSSES', 'SAMPLERS', 'CHOICES', 'Recipe', 'check_recipe',
-           'short', 'recipe_from', 'read_run', 'science', 'run_source']
+           'short', 'recipe_from', 'read_run', 'check_classes', 'science', 'run_source']
 
 # %% ../nbs/13_recipe.ipynb #8b11ad4c
 import json
@@ -156,6 +156,15 @@ def read_run(folder: str | Path) -> tuple[Recipe, dict[str, Any]]:
         return recipe_from(state["recipe"]), state
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: not the start of a run ({error})") from error
+
+# %% ../nbs/13_recipe.ipynb #d2bfa34b
+def check_classes(recipe: Recipe, parts: tuple) -> tuple:
+    """The parts of a recipe's data; ValueError for other classes than the recipe's."""
+    for part in parts:
+        if part.num_classes != recipe.num_classes:
+            got = f"got {recipe.num_classes}, the data has {part.num_classes}"
+            raise ValueError(f"num_classes of recipe {recipe.name!r}: {got}")
+    return parts
 
 # %% ../nbs/13_recipe.ipynb #69024f72
 def science(recipe: Recipe) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from eql_repro.instances import read_annotations
 from eql_repro.predict import predict
 from eql_repro.recipe_detect import POCKET
 from eql_repro.scenes import Scenes, export_scenes
-from eql_repro.training import Options, load_run, train
+from eql_repro.training import Options, check_runs, load_run, train
 
 pytest.importorskip("hotcoco")
 SMALL = {
@@ -51,6 +51,12 @@ def one_of_two(rank: int, out: str, recipe, every: int) -> None:
 
 def losses(folder: Path) -> list[float]:
     return json.loads((folder / "record.json").read_text())["curves"]["loss"]
+
+
+def test_a_detector_without_masks_does_not_train_beside_one_with_masks():
+    boxes = replace(TINY, name="boxes", network="faster_rcnn_r18_fpn")
+    with pytest.raises(ValueError, match="'tiny' and 'boxes' differ in network"):
+        check_runs([(TINY, 0), (boxes, 0)])
 
 
 def test_two_processes_have_the_losses_of_one_with_the_whole_batch(tmp_path):
