@@ -17,6 +17,8 @@ typer, scenes = require("typer"), Later("eql_repro.scenes")
 instances, timing = Later("eql_repro.instances"), Later("eql_repro.bench")
 fetch = Later("eql_repro.fetch")
 Folder = Annotated[Path, typer.Argument(help="a folder")]
+Engine = Annotated[str | None, typer.Option(help="hotcoco (default) or lvis")]
+Drawn = Annotated[int | None, typer.Option(help="negative categories of an image")]
 
 # %% ../nbs/17_commands.ipynb #0106e094
 data_app = typer.Typer(no_args_is_help=True, help="LVIS and COCO on disk.")
@@ -76,10 +78,9 @@ def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="a finished run")] = None,
     ground_truth: Annotated[Path | None, typer.Option(help="LVIS json")] = None,
     detections: Annotated[Path | None, typer.Option(help="results, json")] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="hotcoco (default) or lvis")
-    ] = None,
+    engine: Engine = None,
     masks: Annotated[bool | None, typer.Option(help="masks too (default)")] = None,
+    negatives: Drawn = None,
     data: Annotated[str | None, typer.Option(help="the data's folder")] = None,
 ) -> None:
     """Measure a finished run again, or the detections of any model."""
@@ -87,13 +88,15 @@ def evaluate(
         raise ValueError("folder: give a run, or --ground-truth and --detections")
     of_files = {"--ground-truth": ground_truth, "--detections": detections}
     of_files |= {"--engine": engine, "--masks/--no-masks": masks}
+    of_files |= {"--negatives": negatives}
     others = of_files if folder is not None else {"--data": data}
     _refuse(others, "two files" if folder is None else "a run")
     if folder is not None:
         found = require("eql_repro.predict").evaluate_run(folder, data)["metrics"]
     else:
         kinds = ("bbox",) if masks is False else ("bbox", "segm")
-        scores = evaluate_lvis(ground_truth, detections, kinds, engine or "hotcoco")
+        files = ground_truth, detections, kinds, engine or "hotcoco"
+        scores = evaluate_lvis(*files, negatives=negatives)
         found = readable_metrics(scores)
     for name, value in found.items():
         print(f"{name:>10} {100 * value:6.2f}")

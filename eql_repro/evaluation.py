@@ -180,7 +180,7 @@ def _mean(precision: np.ndarray) -> float:
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else math.nan
 
-# %% ../nbs/10_evaluation.ipynb #c5229f56
+
 def _summary(precision: np.ndarray, categories: list[dict]) -> dict[str, Any]:
     """The nine APs and the AP of each category from [10, 101, K, 4]."""
     every, *sizes = np.moveaxis(precision, 3, 0)  # each [10, 101, K]
@@ -200,7 +200,7 @@ def _read(ground_truth: Any, detections: Any, iou_types: Sequence[str]) -> tuple
     truth = _read_truth(ground_truth, masks)
     return truth, *_read_detections(detections, truth, masks)
 
-# %% ../nbs/10_evaluation.ipynb #1232d913
+
 def _only(groups: str, truth: dict, table: np.ndarray, masks: list) -> tuple:
     """Annotations and detections of the categories of these groups."""
     chosen = {c["id"] for c in truth["categories"] if c["frequency"] in groups}
@@ -209,12 +209,31 @@ def _only(groups: str, truth: dict, table: np.ndarray, masks: list) -> tuple:
     masks = [mask for mask, keep in zip(masks, kept, strict=False) if keep]
     return truth | {"annotations": own}, table[kept], masks
 
+# %% ../nbs/10_evaluation.ipynb #7989e89c
+def _negatives(truth: dict, number: int) -> list[dict]:
+    """The images with so many negative categories each, or all that it can have.
+
+    Drawn from those without an annotation in the image; more of them include fewer.
+    """
+    shown = defaultdict(set)
+    for row in truth["annotations"]:
+        shown[row["image_id"]].add(row["category_id"])
+    images, ids = [], np.array([row["id"] for row in truth["categories"]])
+    for place, image in enumerate(truth["images"]):
+        known = shown[image["id"]].union(image["not_exhaustive_category_ids"])
+        order = np.random.default_rng(place).permutation(ids).tolist()
+        drawn = [j for j in order if j not in known][:number]
+        images.append(image | {"neg_category_ids": drawn})
+    return images
+
 # %% ../nbs/10_evaluation.ipynb #333bc3a9
 def evaluate_lvis(
     ground_truth: str | PathLike | dict | Any,
     detections: str | PathLike | Iterable[dict],
     iou_types: Sequence[str] = ("bbox", "segm"),
     engine: str = "hotcoco",
+    *,
+    negatives: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Average precision by the rules of LVIS, as fractions (Tables 1 to 6).
 
@@ -222,7 +241,8 @@ def evaluate_lvis(
     returns the dict; detections: rows of image_id, category_id, bbox [x, y, w, h] in
     pixels, score and, for "segm", segmentation (RLE or polygons) as list, json file or
     .jsonl file; iou_types: "bbox", "segm" or both; engine: "hotcoco", or "lvis", the
-    reference.
+    reference; negatives: categories of an image, other than those it shows, in which
+    a false detection counts, drawn anew; None takes those of the ground truth.
 
     Returns for each IoU type AP, AP50, AP75, APs, APm, APl, APr, APc, APf and
     per_class {category id: AP}, NaN where no object is. No argument is changed. Raises
@@ -230,7 +250,11 @@ def evaluate_lvis(
     """
     if engine not in _ENGINES:
         raise ValueError(f"engine: got {engine!r}, expected one of {[*_ENGINES]}")
+    if negatives is not None and not negatives >= 0:
+        raise ValueError(f"negatives: got {negatives!r}, expected at least 0")
     truth, table, masks = _read(ground_truth, detections, iou_types)
+    if negatives is not None:
+        truth["images"] = _negatives(truth, negatives)
     return {
         kind: _summary(_ENGINES[engine](truth, table, masks, kind), truth["categories"])
         for kind in iou_types

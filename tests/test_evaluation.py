@@ -268,6 +268,16 @@ def test_negative_and_not_exhaustive_sets(engine, kind):
     found = evaluate_lvis(truth, elsewhere, [kind], engine)[kind]
     assert found["AP"] == pytest.approx(0.5)  # known to be absent: wrong
 
+    def of(negatives):
+        found = evaluate_lvis(truth, elsewhere, [kind], engine, negatives=negatives)
+        return found[kind]["AP"]
+
+    assert [of(0), of(9)] == pytest.approx([1, 0.5]) and of(None) == of(9)
+    truth["images"][1] |= {"neg_category_ids": [], "not_exhaustive_category_ids": [1]}
+    assert of(9) == pytest.approx(1)  # not known to be absent: never drawn
+    with pytest.raises(ValueError, match="negatives: got -1, expected at least 0"):
+        of(-1)
+
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_300_detections_an_image_over_all_categories(engine):
