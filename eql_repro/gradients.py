@@ -90,6 +90,9 @@ def _check_target(target: Tensor, z: Tensor, classifier: nn.Module) -> Tensor:
     if target.shape != ((n, c) if dtype.is_floating_point else (n,)):
         want, got = f"int64 [{n}] or float [{n}, {c}]", list(target.shape)
         raise ValueError(f"target must be {want} like the logits, got {dtype} {got}")
+    if target.device != z.device:
+        where = f"logits on {z.device}, target on {target.device}"
+        raise ValueError(f"target must be on the device of the logits, got {where}")
     return target.detach()
 
 # %% ../nbs/02_gradients.ipynb #f5abdc47
