@@ -22,7 +22,7 @@ def _check_device(x: Tensor, name: str, logits: Tensor) -> None:
         where = f"logits on {logits.device}, {name} on {x.device}"
         raise ValueError(f"{name} must be on the device of logits, got {where}")
 
-# %% ../nbs/03_eql.ipynb #821ea9dc
+
 def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
     """Raise for values outside [low, high]; look only where that is free."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
@@ -31,7 +31,7 @@ def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
         got = f"{x.min().item():g} to {x.max().item():g}"
         raise ValueError(f"{name} must be in [{low}, {high}], got {got}")
 
-
+# %% ../nbs/03_eql.ipynb #821ea9dc
 def _check_target(target: Tensor, logits: Tensor) -> None:
     """Raise unless the target is int64 [N] in [0, C] or float [N, C] in [0, 1]."""
     _check_device(target, "target", logits)
