@@ -1,6 +1,6 @@
 """Device mixes are found without a GPU: tensors that say they lie on another device.
 
-A `Far` tensor says that it is on the device "lazy"; its numbers lie on the CPU. In a
+A `Far` tensor says that it is on the device "lazy"; its numbers lie on the CPU. In an
 `Elsewhere` block, operations refuse what CUDA refuses, and give the CPU's numbers.
 """
 
