@@ -8,7 +8,6 @@ __all__ = ['Cutout', 'UsualImages', 'noise', 'usual_batches', 'Usual', 'Noise', 
 
 # %% ../nbs/17_bench_images.ipynb #6a91ce27
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 # %% ../nbs/17_bench_images.ipynb #908acde6
-from .bench import Task, compare
+from .bench import Task, compare, seconds
 from eql_repro.classify import (
     Classification,
     Pieces,
@@ -171,10 +170,8 @@ def best_workers(
         run = Usual(recipe, 0, batches, device)
         for _ in range(5):
             run()
-        start, steps = time.perf_counter(), 30 if device.type == "cuda" else 3
-        for _ in range(steps):
-            run()
-        found[workers] = time.perf_counter() - start, run
+        steps = 30 if device.type == "cuda" else 3
+        found[workers] = seconds(run, device, steps), run
     best = min(found, key=lambda w: found[w][0])
     return best, found[best][1]
 
@@ -195,8 +192,8 @@ def rates(
     tasks = {"ours": _times(ours, steps), "usual": _times(usual, steps)}
     row = compare(what, size, tasks, device, rounds=rounds, memory=False)
     images = {"ours": len(ours.lanes) * steps, "usual": steps}
-    seconds = row["seconds"]
-    rate = {k: n * usual.recipe.batch / seconds[k] for k, n in images.items()}
+    times = row["seconds"]
+    rate = {k: n * usual.recipe.batch / times[k] for k, n in images.items()}
     more["ratio"] = rate["ours"] / rate["usual"]
     return row | {"per_second": rate} | more
 

@@ -500,7 +500,9 @@ def _heads(options: DetectorOptions, num_classes: int, class_loss) -> LongTailHe
     make = partial(_stage, options, num_classes)
     if not options.cascade:
         return make(class_loss, pool, 0, LongTailHeads, *masks)
-    later = [make(deepcopy(class_loss), pool, i, BoxHeads) for i in (1, 2)]
+    draws = getattr(class_loss, "generator", None)  # one for all stages
+    losses = [deepcopy(class_loss, {id(draws): draws}) for _ in range(2)]
+    later = [make(own, pool, i, BoxHeads) for i, own in enumerate(losses, 1)]
     return make(class_loss, pool, 0, CascadeHeads, *masks, later=later)
 
 # %% ../nbs/12_detector.ipynb #3e0a4ab8

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from .kernels import eql_sum, fills_a_block
 from .longtail import ClassFrequency, _real, tail_of
 
-# %% ../nbs/03_eql.ipynb #821ea9dc
+# %% ../nbs/03_eql.ipynb #968fa45e
+def _check_device(x: Tensor, name: str, logits: Tensor) -> None:
+    """Raise for a tensor on another device than the logits."""
+    if x.device != logits.device:
+        where = f"logits on {logits.device}, {name} on {x.device}"
+        raise ValueError(f"{name} must be on the device of logits, got {where}")
+
+
 def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
     """Raise for values outside [low, high]; look only where that is free."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
@@ -24,9 +31,10 @@ def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
         got = f"{x.min().item():g} to {x.max().item():g}"
         raise ValueError(f"{name} must be in [{low}, {high}], got {got}")
 
-
+# %% ../nbs/03_eql.ipynb #821ea9dc
 def _check_target(target: Tensor, logits: Tensor) -> None:
     """Raise unless the target is int64 [N] in [0, C] or float [N, C] in [0, 1]."""
+    _check_device(target, "target", logits)
     if target.is_floating_point():
         if target.shape != logits.shape:
             want, got = list(logits.shape), list(target.shape)
@@ -86,9 +94,7 @@ def _check_shapes(
     if tail.shape != (c,) and tail.shape != (n, c):
         want = f"[{c}] or [{n}, {c}] to match logits"
         raise ValueError(f"tail must be {want}, got {list(tail.shape)}")
-    if tail.device != logits.device:
-        where = f"logits on {logits.device}, tail on {tail.device}"
-        raise ValueError(f"tail must be on the device of logits, got {where}")
+    _check_device(tail, "tail", logits)
     _check_range(tail, "tail", 0, 1)
 
 # %% ../nbs/03_eql.ipynb #b4f289d4

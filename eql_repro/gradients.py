@@ -115,7 +115,11 @@ class _Tap:
     def label(self, target: Tensor) -> None:
         if self.last is None:
             raise RuntimeError("observe(target) must follow a call of the classifier")
-        self.last.target = _check_target(target, self.last.z, self.classifier)
+        z = self.last.z
+        self.last.target = _check_target(target, z, self.classifier)
+        if target.device != z.device:
+            where = f"logits on {z.device}, target on {target.device}"
+            raise ValueError(f"target must be on the device of logits, got {where}")
         self.last, self.arrived = None, {}
 
     def on_logits(self, call: _Call, g: Tensor) -> None:

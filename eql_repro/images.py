@@ -324,7 +324,8 @@ def read_photo(
     except OSError as error:
         raise OSError(f"{path} cannot be read as an image ({error})") from error
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0 if row is None else int(row[:2].double() @ _SEED))
+        seed = 0 if row is None else int(row[:2].double() @ _SEED)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone
         return v2.functional.pil_to_tensor(_photo_transform(tuple(steps))(photo))
 
 # %% ../nbs/07_images.ipynb #404ca53d

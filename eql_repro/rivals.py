@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from .eql import _one_hot, _reduce, _wide, equalization_loss
+from .eql import _check_device, _one_hot, _reduce, _wide, equalization_loss
 from .longtail import ClassFrequency, _choose, _real, _vector
 from .seql import _check_labels
 
@@ -35,9 +35,7 @@ def _check_logits(logits: Tensor, **vectors: Tensor) -> None:
         if x.shape != logits.shape[1:]:
             shapes = f"logits {list(logits.shape)}, {name} {list(x.shape)}"
             raise ValueError(f"{name} must be [C] to match logits, got {shapes}")
-        if x.device != logits.device:
-            where = f"logits on {logits.device}, {name} on {x.device}"
-            raise ValueError(f"{name} must be on the device of logits, got {where}")
+        _check_device(x, name, logits)
 
 
 def _whole(num_classes: int) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from .eql import _check_range, _check_shapes, _reduce, _wide
+from .eql import _check_device, _check_range, _check_shapes, _reduce, _wide
 from eql_repro.kernels import (
     draw_many,
     fills_a_block,
@@ -73,6 +73,7 @@ def _check_labels(target: Tensor, logits: Tensor) -> None:
         raise TypeError(f"target must be int64 [N], got {target.dtype}")
     if target.shape != (n,):
         raise ValueError(f"target must be [{n}] like logits, got {list(target.shape)}")
+    _check_device(target, "target", logits)
     _check_range(target, "target", 0, c - 1)
 
 # %% ../nbs/04_seql.ipynb #78a86a6b

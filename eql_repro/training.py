@@ -360,6 +360,8 @@ def run_lanes(
     checkpoint, where a signal asked to stop.
     """
     began, t = time.monotonic(), min(lane.iteration for lane in lanes)
+    if accelerator.device.type == "cuda":  # else the peak of earlier runs stays
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     with stop_signals(options.minutes) as stop:
         for batches in batch_stream(lanes, accelerator, options.workers):
             t += 1

@@ -453,3 +453,12 @@ def test_classes_and_losses_that_do_not_fit_are_named():
         mask_rcnn("7", eql(), **SMALL)
     with pytest.raises(ValueError, match="name must be one of"):
         build_detector("mask_rcnn_r50_c4", C, eql())
+
+
+def test_the_stages_of_a_cascade_draw_from_one_generator():
+    draws = torch.Generator()
+    loss = SoftmaxEqualizationLoss(torch.full((C,), 0.5), 0.6, generator=draws)
+    heads = cascade_mask_rcnn(C, loss, **SMALL).roi_heads
+    losses = [heads.class_loss, *(stage.class_loss for stage in heads.later)]
+    assert len(set(map(id, losses))) == 3
+    assert all(own.generator is draws for own in losses)

@@ -108,3 +108,10 @@ def test_eql_run_trains_two_iterations(tree, tmp_path, name):
     record = json.loads((tmp_path / "two-s0" / "record.json").read_text())
     assert record["iterations"] == 2 and 0 <= record["metrics"]["top1"] <= 1
     assert len(record["per_class"]["negative_gradient"]) == CLASSES
+
+
+def test_a_photograph_leaves_the_generators_of_gpus_alone(tree, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
+    imagenet_lt(tree, "val", num_classes=CLASSES).batch(torch.tensor([0]))
+    assert not seen

@@ -251,3 +251,13 @@ def test_tensorboard_gets_loss_rate_and_accuracy(tmp_path):
     assert set(log.Tags()["scalars"]) == {
         f"{k}/board-s0" for k in ("loss", "lr", "top1")
     }
+
+
+def test_peak_memory_is_counted_from_the_start_of_these_runs(monkeypatch):
+    seen, place = [], {"device": torch.device("cuda"), "process_index": 0}
+    accelerator = SimpleNamespace(**place, num_processes=1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", seen.append)
+    lane = SimpleNamespace(recipe=TINY, seed=0, iteration=TINY.iterations)
+    lane.task = SimpleNamespace(batches=lambda *share: [])
+    training.run_lanes([lane], accelerator, Options(), None)
+    assert seen == [accelerator.device]
