@@ -127,6 +127,8 @@ def test_an_error_names_a_file_that_is_no_annotation_file(tmp_path, text):
         ({"iscrowd": 1}, "crowd regions", True),
         ({"bbox": [2, 2, 0, 10]}, "degenerate boxes", True),
         ({"bbox": [W - 0.5, 2, 10, 10]}, "degenerate boxes", True),
+        ({"bbox": [2, 2, 10, 0.5]}, "degenerate boxes", True),
+        ({"bbox": [2, H - 0.5, 10, 10]}, "degenerate boxes", True),
         ({"bbox": [2, float("nan"), 10, 10]}, "degenerate boxes", True),
         ({"bbox": [2, 2, -3, 10]}, "degenerate boxes", True),
         ({"bbox": [2, 2, float("inf"), 10]}, "degenerate boxes", True),
@@ -255,6 +257,17 @@ def test_missing_files_are_an_error_or_a_counted_warning(truth, folder):
     (folder / "val2017/000000000070.jpg").unlink()
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no image is left"):
         InstanceSet(truth, folder, missing="skip")
+
+
+def test_whole_numbers_and_fractions_give_targets_of_one_type(truth, folder):
+    whole = InstanceSet(truth, folder)[0][1]
+    truth["annotations"][0] |= {"bbox": [2.0, 2.0, 10.0, 10.0], "area": 100}
+    target = InstanceSet(truth, folder)[0][1]
+    assert {k: v.dtype for k, v in target.items()} == {
+        k: v.dtype for k, v in whole.items()
+    }
+    assert target["area"].dtype == target["boxes"].dtype == torch.float32
+    assert torch.equal(target["boxes"], torch.tensor([[2.0, 2, 12, 12]]))
 
 
 def test_images_without_annotations_are_kept_or_dropped(truth, folder):
