@@ -14,7 +14,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from eql_repro.annotations import decode_mask, read_annotations
-from eql_repro.instances import InstanceSet, check_data, check_images, find_images
+from eql_repro.instances import (
+    InstanceSet,
+    check_data,
+    check_images,
+    find_images,
+    read_image,
+)
 from eql_repro.longtail import ClassFrequency
 
 H, W = 20, 30
@@ -294,6 +300,15 @@ def test_a_broken_image_is_named(truth, folder, fault):
         check_images(data)
 
 
+def test_an_image_is_read_without_a_size_and_never_clipped(tmp_path):
+    values = np.full((H, W), 40_000, dtype=np.uint16)
+    Image.fromarray((values // 256).astype(np.uint8)).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png").unique().tolist() == [40_000 // 256]
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    with pytest.raises(OSError, match=r"deep.png: .*more than 8 bits"):
+        read_image(tmp_path / "deep.png")
+
+
 def test_a_file_with_boxes_only(truth, folder):
     truth["annotations"][0].pop("segmentation")
     with pytest.raises(ValueError, match="boxes only"):
@@ -337,7 +352,7 @@ def test_check_data_tells_whole_broken_missing_and_own_files(truth, folder):
     (folder / "val2017/000000000070.jpg").write_bytes(b"")
     read = {part.name: part for part in check_data(folder, read_images=True)}
     part = read["instances_val2017.json"]
-    assert part.broken and "unusable: " in part.state
+    assert part.broken and not part.whole and "unusable: " in part.state
     with pytest.raises(NotADirectoryError):
         check_data(folder / "nowhere")
 

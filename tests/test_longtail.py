@@ -59,7 +59,7 @@ def test_from_annotations_reads_a_path_and_a_dict(tmp_path):
         assert frequency.counts.tolist() == [0, 2] and frequency.total == 3
         annotated = ClassFrequency.from_annotations(source, images="annotated")
         assert annotated.counts.tolist() == [0, 2] and annotated.total == 2
-    assert image_counts(COCO) == {2: 0, 9: 2}
+        assert image_counts(source) == {2: 0, 9: 2}
     assert image_counts(COCO | {"annotations": []}) == {2: 0, 9: 0}
 
 
@@ -186,6 +186,16 @@ ERRORS = {
         lambda: tail_of(torch.tensor([3.0]), 1),
         ValueError,
         "3 to 3.*counts",
+    ),
+    "one f above 1": (
+        lambda: tail_of(torch.tensor([0.5, 3.0]), 1),
+        ValueError,
+        "0.5 to 3.*counts",
+    ),
+    "one weight above 1": (
+        lambda: tail_of(torch.ones(2), 1, lambda f, _: torch.tensor([0.5, 3.0])),
+        ValueError,
+        "threshold",
     ),
     "f nan": (lambda: tail_of(torch.tensor([math.nan]), 1), ValueError, "frequency"),
     "threshold": (lambda: tail_of(torch.ones(1), 1, "x"), ValueError, "threshold"),

@@ -390,6 +390,9 @@ def test_blocks_reduce_and_check_like_the_matrices(small_blocks, loss):
     assert len(values["none"]) == 64
     assert torch.isclose(values["sum"], values["none"].sum(), rtol=1e-14)
     assert torch.isclose(values["mean"], values["none"].sum() / 64, rtol=1e-14)
+    torch.manual_seed(0)
+    soft = loss(z, labels, TAIL.double())
+    assert torch.isclose(soft, values["mean"], rtol=1e-14)
     for wrong in (labels - 1, labels + C):
         with pytest.raises(ValueError, match="target"):
             loss(z, wrong, TAIL)

@@ -23,6 +23,7 @@ from eql_repro.rivals import (
     effective_number_weights,
     focal_terms,
     inverse_frequency_weights,
+    seesaw_terms,
 )
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -474,6 +475,11 @@ MAKES = {
         r"weights.*\[6\].*\[1\]",
     ),
     "classes 0": (lambda: EQLv2(0), ValueError, "num_classes.*0"),
+    "seesaw counts": (
+        lambda: seesaw_terms(torch.zeros(1, 6), torch.tensor([0]), torch.ones(7)),
+        ValueError,
+        r"counts.*\[7\]",
+    ),
     "classes 2.5": (lambda: SeesawLoss(2.5), ValueError, "num_classes.*2.5"),
     "classes text": (lambda: EQLv2("5"), TypeError, "num_classes.*'5'"),
     "eqlv2 gamma": (lambda: EQLv2(C, -1), ValueError, "gamma.*-1"),
