@@ -491,6 +491,11 @@ MAKES = {
 }
 
 
+def test_one_class_is_enough():
+    for loss in (EQLv2(1), SeesawLoss(1)):
+        assert loss(torch.zeros(2, 1), torch.tensor([0, 0])).isfinite()
+
+
 @pytest.mark.parametrize("case", MAKES)
 def test_errors_of_a_loss_name_the_argument(case):
     make, kind, message = MAKES[case]

@@ -166,6 +166,13 @@ def seen_classes(order):
     return torch.tensor(counts) / len(order)
 
 
+def test_a_matrix_of_labels_and_images_without_any():
+    found = class_members(torch.tensor([[0, 1], [2, 0]]), 3)
+    assert [images.tolist() for images in found] == [[0, 1], [0], [1]]
+    assert [len(images) for images in class_members([[], []], 3)] == [0, 0, 0]
+    assert repeat_factors([[0], [], [0], [1]], 2, 0.5).tolist() == [1, 1, 1, 2**0.5]
+
+
 def test_whole_numbers_are_taken_for_factors_and_weights():
     order = repeat_factor_order([1, 2, 1], seed=0, epoch=0)
     assert order.sort().values.tolist() == [0, 1, 1, 2]
