@@ -264,6 +264,35 @@ def _span(line):
     return (last - first) * line.amax(1)
 
 
+def made_sprites():
+    """Three sprites of noise, premultiplied, [3, 4, 24, 24]; one narrow, one low."""
+    sheet = module.uniforms(torch.arange(3), 4 * 24 * 24, "sheet").view(3, 4, 24, 24)
+    sheet[:, :3] *= sheet[:, 3:]
+    sheet[1, :, :, :5] = sheet[2, :, :7] = 0
+    return sheet
+
+
+# The mean of each crop, in grey levels: 12 with an object, 8 of background.
+MEANS = [145.72, 119.29, 146.95, 123.26, 106.95, 99.42, 108.86, 91.58, 153.33, 103.71]
+MEANS += [168.48, 103.84, 130.37, 121.08, 137.5, 164.57, 164.12, 122.88, 157.06, 120.74]
+
+
+def test_crops_are_those_that_runs_were_recorded_on():
+    index = module._crop_index(torch.tensor([5, 4, 3]), 8, "0/example")
+    images, _ = module._render(made_sprites(), *index, "0/example", 16)
+    means = images.double().mean((1, 2, 3))
+    assert torch.allclose(means, torch.tensor(MEANS).double(), rtol=0, atol=0.05)
+
+
+def test_sprites_are_turned_and_mirrored_without_a_change_of_form():
+    black, sprite = torch.zeros(1, 3, 24, 24), made_sprites()[:1]
+    quarter = torch.tensor([[1, torch.pi / 2, 1, 0, 0]])
+    turned = module.paste(black, sprite, quarter)[0]
+    assert torch.allclose(turned, sprite[:, :3].rot90(-1, (2, 3)), atol=1e-5)
+    mirrored = module.paste(black, sprite, torch.tensor([[1.0, 0, -1, 0, 0]]))[0]
+    assert torch.allclose(mirrored, sprite[:, :3].flip(3), atol=1e-5)
+
+
 def test_every_object_keeps_a_visible_area():
     (labels, *_), (images, alpha) = _rendered(0)
     area = (alpha[:, 0] > 0.5).float().mean((1, 2))

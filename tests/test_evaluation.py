@@ -502,6 +502,7 @@ def test_calibration_counts_right_and_wrong_but_not_dropped_or_ignored():
     assert [found["count"][n] for n in (1, 9)] == [2, 1] and sum(found["count"]) == 3
     assert [found["accuracy"][n] for n in (0, 1, 9)] == [None, 0, 1]
     assert found["confidence"][9] == pytest.approx(0.95)
+    assert found["edges"] == pytest.approx(np.linspace(0, 1, 11))
     assert found.keys() == calibration(torch.eye(2), torch.arange(2)).keys()
     truth = one_object(not_exhaustive_category_ids=[1])  # ignores one, drops one
     assert sum(detection_calibration(truth, rows)["count"]) == 1
@@ -515,6 +516,9 @@ def test_a_picture_has_every_box_mask_and_score():
         torch.zeros(3, 60, 80), [guess(), rle], boxes, names={1: "cup"}
     )
     assert len(ax.patches) == 3 and len(ax.images) == 3
+    assert [list(image.get_extent()) for image in ax.images] == [[0, 80, 60, 0]] * 3
+    assert ax.patches[2].get_bbox().bounds == (1, 2, 3, 4)
+    assert [patch.get_linestyle() for patch in ax.patches] == ["-", "-", "--"]
     assert [text.get_text() for text in ax.texts] == ["cup 0.50"] * 2
 
 

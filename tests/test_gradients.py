@@ -231,6 +231,16 @@ def test_two_calls_in_one_backward():
     assert meter.state_dict()["seen"] == 1
 
 
+def test_a_pass_after_a_reset_is_not_measured():
+    classifier, (x, labels) = layer(), batch()
+    meter = GradientMeter(classifier, "sigmoid")
+    z = classifier(x)
+    meter.observe(labels)
+    meter.reset()
+    sigmoid(z, labels).backward()
+    assert meter.state_dict()["seen"] == 0 and not meter.state_dict()["total"].any()
+
+
 def test_a_glance_at_a_gradient_is_not_a_backward_pass():
     classifier, (x, labels) = layer(), batch()
     rows, logits = brute_force(classifier, sigmoid, x, labels)

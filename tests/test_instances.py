@@ -14,7 +14,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from eql_repro.annotations import decode_mask, read_annotations
-from eql_repro.instances import InstanceSet, check_data, check_images, find_images
+from eql_repro.instances import (
+    InstanceSet,
+    check_data,
+    check_images,
+    find_images,
+    read_image,
+)
 from eql_repro.longtail import ClassFrequency
 
 H, W = 20, 30
@@ -127,6 +133,8 @@ def test_an_error_names_a_file_that_is_no_annotation_file(tmp_path, text):
         ({"iscrowd": 1}, "crowd regions", True),
         ({"bbox": [2, 2, 0, 10]}, "degenerate boxes", True),
         ({"bbox": [W - 0.5, 2, 10, 10]}, "degenerate boxes", True),
+        ({"bbox": [2, 2, 10, 0.5]}, "degenerate boxes", True),
+        ({"bbox": [2, H - 0.5, 10, 10]}, "degenerate boxes", True),
         ({"bbox": [2, float("nan"), 10, 10]}, "degenerate boxes", True),
         ({"bbox": [2, 2, -3, 10]}, "degenerate boxes", True),
         ({"bbox": [2, 2, float("inf"), 10]}, "degenerate boxes", True),
@@ -257,6 +265,17 @@ def test_missing_files_are_an_error_or_a_counted_warning(truth, folder):
         InstanceSet(truth, folder, missing="skip")
 
 
+def test_whole_numbers_and_fractions_give_targets_of_one_type(truth, folder):
+    whole = InstanceSet(truth, folder)[0][1]
+    truth["annotations"][0] |= {"bbox": [2.0, 2.0, 10.0, 10.0], "area": 100}
+    target = InstanceSet(truth, folder)[0][1]
+    assert {k: v.dtype for k, v in target.items()} == {
+        k: v.dtype for k, v in whole.items()
+    }
+    assert target["area"].dtype == target["boxes"].dtype == torch.float32
+    assert torch.equal(target["boxes"], torch.tensor([[2.0, 2, 12, 12]]))
+
+
 def test_images_without_annotations_are_kept_or_dropped(truth, folder):
     assert len(InstanceSet(truth, folder)) == 2
     dropped = InstanceSet(truth, folder, empty="drop")
@@ -279,6 +298,15 @@ def test_a_broken_image_is_named(truth, folder, fault):
         data[1]
     with pytest.raises(ValueError, match="1 of 2 image files are unusable.*0+5.jpg"):
         check_images(data)
+
+
+def test_an_image_is_read_without_a_size_and_never_clipped(tmp_path):
+    values = np.full((H, W), 40_000, dtype=np.uint16)
+    Image.fromarray((values // 256).astype(np.uint8)).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png").unique().tolist() == [40_000 // 256]
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    with pytest.raises(OSError, match=r"deep.png: .*more than 8 bits"):
+        read_image(tmp_path / "deep.png")
 
 
 def test_a_file_with_boxes_only(truth, folder):
@@ -324,7 +352,7 @@ def test_check_data_tells_whole_broken_missing_and_own_files(truth, folder):
     (folder / "val2017/000000000070.jpg").write_bytes(b"")
     read = {part.name: part for part in check_data(folder, read_images=True)}
     part = read["instances_val2017.json"]
-    assert part.broken and "unusable: " in part.state
+    assert part.broken and not part.whole and "unusable: " in part.state
     with pytest.raises(NotADirectoryError):
         check_data(folder / "nowhere")
 

@@ -59,7 +59,8 @@ def test_from_annotations_reads_a_path_and_a_dict(tmp_path):
         assert frequency.counts.tolist() == [0, 2] and frequency.total == 3
         annotated = ClassFrequency.from_annotations(source, images="annotated")
         assert annotated.counts.tolist() == [0, 2] and annotated.total == 2
-    assert image_counts(COCO) == {2: 0, 9: 2}
+        assert image_counts(source) == {2: 0, 9: 2}
+    assert image_counts(COCO | {"annotations": []}) == {2: 0, 9: 0}
 
 
 @pytest.mark.parametrize("counts", [[3, 1], (3, 1), np.array([3, 1]), np.ones(2)])
@@ -169,6 +170,11 @@ ERRORS = {
         ValueError,
         "category=9",
     ),
+    "stranger image": (
+        lambda: image_counts(COCO | {"images": COCO["images"][:1]}),
+        ValueError,
+        "image=.*not listed",
+    ),
     "twice": (
         lambda: image_counts(COCO | {"images": COCO["images"] * 2}),
         ValueError,
@@ -180,6 +186,16 @@ ERRORS = {
         lambda: tail_of(torch.tensor([3.0]), 1),
         ValueError,
         "3 to 3.*counts",
+    ),
+    "one f above 1": (
+        lambda: tail_of(torch.tensor([0.5, 3.0]), 1),
+        ValueError,
+        "0.5 to 3.*counts",
+    ),
+    "one weight above 1": (
+        lambda: tail_of(torch.ones(2), 1, lambda f, _: torch.tensor([0.5, 3.0])),
+        ValueError,
+        "threshold",
     ),
     "f nan": (lambda: tail_of(torch.tensor([math.nan]), 1), ValueError, "frequency"),
     "threshold": (lambda: tail_of(torch.ones(1), 1, "x"), ValueError, "threshold"),
@@ -202,3 +218,11 @@ def test_a_missing_extra_is_named():
     with pytest.raises(ImportError, match=r'pip install "eql_repro\[run\]"'):
         require("no_such_module_here.part")
     assert require("json") is json
+
+
+def test_what_an_installed_module_lacks_is_its_own_error(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("import no_such_module_here\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_here") as caught:
+        require("broken_module")
+    assert "pip install" not in str(caught.value)

@@ -257,6 +257,19 @@ def test_per_sample_ignores_all_or_none():
     assert {round(math.exp(v)) for v in cells.tolist()} == {3, 4, 5, 6}
 
 
+def test_defaults_are_those_of_the_paper():
+    loss = SoftmaxEqualizationLoss(FREQUENCY, 0.01)
+    assert (loss.gamma, loss.per_sample, loss.reduction) == (0.95, False, "mean")
+    loss = EqualizationLoss(FREQUENCY)
+    assert (loss.lambda_, loss.exclude_background) == (1.76e-3, True)
+    z, labels = torch.zeros(500, C), torch.full((500,), 5)
+    values = []
+    for options in ({}, {"gamma": 0.95, "per_sample": False, "reduction": "mean"}):
+        torch.manual_seed(0)
+        values.append(softmax_equalization_loss(z, labels, TAIL, **options))
+    assert values[0] == values[1]
+
+
 # Numbers
 
 
@@ -365,6 +378,26 @@ def test_blocks_are_the_matrices(small_blocks, kind, e_r):
         results.append((value.detach(), leaf.grad))
     assert torch.isclose(results[0][0], results[1][0], rtol=1e-14)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("loss", [equalization_loss, softmax_equalization_loss])
+def test_blocks_reduce_and_check_like_the_matrices(small_blocks, loss):
+    z, labels = batch(64, background=False, dtype=torch.float64)
+    values = {}
+    for reduction in ("none", "sum", "mean"):
+        torch.manual_seed(0)
+        values[reduction] = loss(z, labels, TAIL, reduction=reduction)
+    assert len(values["none"]) == 64
+    assert torch.isclose(values["sum"], values["none"].sum(), rtol=1e-14)
+    assert torch.isclose(values["mean"], values["none"].sum() / 64, rtol=1e-14)
+    torch.manual_seed(0)
+    soft = loss(z, labels, TAIL.double())
+    assert torch.isclose(soft, values["mean"], rtol=1e-14)
+    for wrong in (labels - 1, labels + C):
+        with pytest.raises(ValueError, match="target"):
+            loss(z, wrong, TAIL)
+    with pytest.raises(TypeError, match="target"):
+        loss(z, labels.int(), TAIL)
 
 
 class Sizes(TorchDispatchMode):
@@ -572,6 +605,11 @@ ERRORS = {
         lambda: softmax_equalization_loss(Z, L, TAIL, gamma=-0.1),
         ValueError,
         "gamma.*-0.1",
+    ),
+    "gamma call above 1": (
+        lambda: softmax_equalization_loss(Z, L, TAIL, gamma=1.1),
+        ValueError,
+        "gamma.*1.1",
     ),
     "module reduction": (lambda: eql(reduction="x"), ValueError, "reduction"),
     "threshold": (lambda: eql(threshold="x"), ValueError, "threshold"),

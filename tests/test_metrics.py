@@ -41,3 +41,25 @@ def test_results_are_json_though_a_class_and_a_group_have_no_images():
         "few" not in results["metrics"]
         and "few" not in results["calibration"]["groups"]
     )
+
+
+def test_bins_have_their_edges_and_take_the_ends():
+    scores = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.03, 0.02], [0.65, 0.35]])
+    found = calibration(scores, torch.tensor([0, 0, 1, 1]))
+    assert found["edges"] == pytest.approx([n / 10 for n in range(11)])
+    assert found["count"] == [1, 0, 0, 0, 0, 1, 1, 0, 0, 1]
+    assert [found["accuracy"][n] for n in (0, 6, 9)] == [0, 0, 1]
+
+
+def test_results_of_eight_classes_hold_the_best_five_and_every_group():
+    scores = torch.arange(8, 0, -1).expand(8, 8) / 36  # class 0 is always the best
+    counts = torch.tensor([500, 200, 90, 60, 30, 9, 5, 1])
+    results = classification_results(scores, torch.arange(8), counts)
+    assert results["metrics"]["top1"] == 1 / 8 and results["metrics"]["top5"] == 5 / 8
+    groups = results["calibration"]["groups"]
+    assert {k: sum(v["count"]) for k, v in groups.items()} == {
+        "few": 3,
+        "medium": 3,
+        "many": 2,
+    }
+    assert sum(results["calibration"]["count"]) == 8

@@ -163,6 +163,8 @@ def test_class_nms_keeps_classes_apart_however_many():
     far = torch.full((3,), 1229)  # IoU 0.50025 falls, 0.49975 stays
     assert class_nms(near[[0, 1]], torch.rand(2), far[:2], 0.5).numel() == 1
     assert class_nms(near[[0, 2]], torch.rand(2), far[:2], 0.5).numel() == 2
+    corners = torch.tensor([[0.0, 0, 1, 1], [1, 1, 2, 2]])  # one shift apart
+    assert class_nms(corners, torch.rand(2), torch.tensor([1, 0]), 0.5).numel() == 2
 
 
 def test_masks_are_pasted_as_torchvision_pastes_them():

@@ -23,6 +23,7 @@ from eql_repro.rivals import (
     effective_number_weights,
     focal_terms,
     inverse_frequency_weights,
+    seesaw_terms,
 )
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -474,6 +475,11 @@ MAKES = {
         r"weights.*\[6\].*\[1\]",
     ),
     "classes 0": (lambda: EQLv2(0), ValueError, "num_classes.*0"),
+    "seesaw counts": (
+        lambda: seesaw_terms(torch.zeros(1, 6), torch.tensor([0]), torch.ones(7)),
+        ValueError,
+        r"counts.*\[7\]",
+    ),
     "classes 2.5": (lambda: SeesawLoss(2.5), ValueError, "num_classes.*2.5"),
     "classes text": (lambda: EQLv2("5"), TypeError, "num_classes.*'5'"),
     "eqlv2 gamma": (lambda: EQLv2(C, -1), ValueError, "gamma.*-1"),
@@ -483,6 +489,11 @@ MAKES = {
     "q": (lambda: SeesawLoss(C, q=-1), ValueError, "q must.*-1"),
     "floor": (lambda: SeesawLoss(C, floor=2), ValueError, "floor.*2"),
 }
+
+
+def test_one_class_is_enough():
+    for loss in (EQLv2(1), SeesawLoss(1)):
+        assert loss(torch.zeros(2, 1), torch.tensor([0, 0])).isfinite()
 
 
 @pytest.mark.parametrize("case", MAKES)

@@ -166,6 +166,20 @@ def seen_classes(order):
     return torch.tensor(counts) / len(order)
 
 
+def test_a_matrix_of_labels_and_images_without_any():
+    found = class_members(torch.tensor([[0, 1], [2, 0]]), 3)
+    assert [images.tolist() for images in found] == [[0, 1], [0], [1]]
+    assert [len(images) for images in class_members([[], []], 3)] == [0, 0, 0]
+    assert repeat_factors([[0], [], [0], [1]], 2, 0.5).tolist() == [1, 1, 1, 2**0.5]
+
+
+def test_whole_numbers_are_taken_for_factors_and_weights():
+    order = repeat_factor_order([1, 2, 1], seed=0, epoch=0)
+    assert order.sort().values.tolist() == [0, 1, 1, 2]
+    assert expected_frequency([1, 3], [[0], [1]], 2).tolist() == [0.25, 0.75]
+    assert len(class_aware_order(MEMBERS, 0, 0, length=1)) == 1
+
+
 def test_class_counts_are_the_expected_ones():
     once = seen_classes(uniform_order(120, 0, 0))
     assert torch.allclose(once, ClassFrequency([96, 3, 23], total=120).f.float())
@@ -273,6 +287,10 @@ BAD = {
     "lists for members": (
         lambda: ClassAwareSampler([[0], [1]]),
         "members must be tensors int64 [n_c], got [0]",
+    ),
+    "members of another type": (
+        lambda: ClassAwareSampler([torch.zeros(1)]),
+        "members must be tensors int64 [n_c], got tensor([0.])",
     ),
     "no class": (
         lambda: ClassAwareSampler([]),
