@@ -81,16 +81,16 @@ def predict(
             f"images: got {len(images)}, expected files of different names"
         )
     pixels = [read_image(image) for image in images]  # all are read before the work
-    names = categories_of(folder)
-    model = model.to(make_accelerator(recipe.precision).device)
-    Path(out).mkdir(parents=True)
-    write_json(Path(out) / "images.json", listed(images, names))
-    with DetectionWriter(Path(out) / "predictions.jsonl") as writer:
+    out, names = Path(out), categories_of(folder)
+    accelerator = make_accelerator(recipe.precision)
+    model = model.to(accelerator.device)
+    out.mkdir(parents=True)
+    write_json(out / "images.json", listed(images, names))
+    with accelerator.autocast(), DetectionWriter(out / "predictions.jsonl") as writer:
         for number, (path, image) in enumerate(zip(images, pixels, strict=True)):
-            rows = search(model, image, number, threshold, [*names])
-            writer.write(rows)
-            draw(image, rows, names, Path(out) / f"{path.stem}.png")
-    return Path(out) / "predictions.jsonl"
+            writer.write(rows := search(model, image, number, threshold, [*names]))
+            draw(image, rows, names, out / f"{path.stem}.png")
+    return out / "predictions.jsonl"
 
 # %% ../nbs/17_predict.ipynb #45a9c817
 @torch.no_grad()
