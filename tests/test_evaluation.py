@@ -206,6 +206,19 @@ def test_real_annotations(tmp_path, monkeypatch):
     assert (frame["AP_bbox"].notna() == (frame["instances"] > 0)).all()
 
 
+def test_share_of_absent_categories_that_real_images_list_as_negative():
+    """The page `effects` states 9.5 categories and 0.8 %."""
+    if not (folder := os.environ.get("EQL_DATA")):
+        pytest.skip("EQL_DATA is not set: no LVIS file")
+    name = "lvis_v0.5_val_64"
+    truth = json.loads(Path(folder, name, f"{name}.json").read_text())
+    listed = sum(len(image["neg_category_ids"]) for image in truth["images"])
+    pairs = {(row["image_id"], row["category_id"]) for row in truth["annotations"]}
+    absent = len(truth["images"]) * len(truth["categories"]) - len(pairs)
+    assert round(listed / len(truth["images"]), 1) == 9.5
+    assert round(100 * listed / absent, 1) == 0.8
+
+
 def test_the_reference_leaves_no_trace(made, caplog, monkeypatch):
     truth, rows = made
     with caplog.at_level(logging.WARNING):
