@@ -266,15 +266,20 @@ def records(
         bool, typer.Option("--missing", help="what was not run")
     ] = False,
     add: Annotated[list[Path] | None, typer.Option(help="a finished run")] = None,
+    negatives: Annotated[
+        list[Path] | None, typer.Option(help="a finished run on scenes: AP by lists")
+    ] = None,
     force: Force = False,
 ) -> None:
     """List the recorded runs, the missing ones, or add a finished run."""
     book = require("eql_repro.records")
     for folder in add or []:
         print(f"added {book.add_record(folder, force=force)}")
+    for folder in negatives or []:
+        print(f"rows in {require('eql_repro.negatives').add_negatives(folder)}")
     if missing:
         print(book.missing().to_string(index=False))
-    elif not add:
+    elif not add and not negatives:
         files = sorted((book.project_root() / "records").glob("*.json"))
         for file in files:
             r = book.read_record(file)
