@@ -107,11 +107,13 @@ def test_wheel_says_what_it_needs(built: dict[str, Path]) -> None:
     [name] = [n for n in wheel.namelist() if n.endswith("METADATA")]
     text = wheel.read(name).decode()
     needs = re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)
-    assert {need for need in needs if "extra ==" not in need} == CORE
+    bare = [Requirement(need) for need in needs if "extra ==" not in need]
+    assert {need.name for need in bare} == CORE
+    assert any(str(need.specifier) == ">=2.4" for need in bare)
     assert any(need.startswith("accelerate;") for need in needs)
     assert "Requires-Python: >=3.11" in text
     [entry] = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
-    assert "eql = eql_repro.cli:main" in wheel.read(entry).decode()
+    assert "eql = eql_repro.__main__:main" in wheel.read(entry).decode()
 
 
 def test_bare_environment_is_bare(bare: Path) -> None:
@@ -185,3 +187,17 @@ def test_version_stands_once() -> None:
     assert eql_repro.__version__ == version
     changes = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {version}" in changes
+
+
+def test_the_command_names_the_extra_in_one_line(bare: Path) -> None:
+    code = """
+import sys
+from eql_repro.__main__ import main
+sys.stderr = sys.stdout
+try:
+    main()
+except SystemExit as end:
+    print(end.code)
+"""
+    line, exit_code = run_bare(bare, code).splitlines()
+    assert line.startswith("eql: ") and "eql_repro[run]" in line and exit_code == "2"
