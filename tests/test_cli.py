@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ pytest.importorskip("typer", reason="needs eql_repro[run]")
 from eql_repro import __version__  # noqa: E402
 from eql_repro.cli import main  # noqa: E402
 from eql_repro.recipes import find_recipe  # noqa: E402
+from eql_repro.records import project_root  # noqa: E402
 from eql_repro.training import train  # noqa: E402
 
 EQL = [sys.executable, "-m", "eql_repro.cli"]
@@ -118,6 +120,27 @@ def test_a_broken_record_is_named(tmp_path, capsys, monkeypatch):
     for text in ("{}", '{"metrics": {}}'):
         (tmp_path / "records" / "a-s0.json").write_text(text)
         assert "a-s0.json: " in error_of(capsys, "records")
+
+
+def test_records_take_ap_by_negative_categories_once(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("hotcoco")
+    (tmp_path / "records").mkdir()
+    real = project_root() / "records"
+    monkeypatch.setenv("EQL_ROOT", str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    assert "record.json" in error_of(capsys, "records", "--negatives", str(run))
+    shutil.copy(real / "crops_eql-s0.json", run / "record.json")
+    error = error_of(capsys, "records", "--negatives", str(run))
+    assert "'crops_eql' was not run on scenes" in error
+    shutil.copy(real / "pocket_heads_eql-s0.json", run / "record.json")
+    (run / "detections.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="0"):
+        main(["records", "--negatives", str(run)])
+    rows = (tmp_path / "records" / "negatives.csv").read_text().splitlines()
+    assert len(rows) == 1 + 8 and rows[1].startswith("pocket_heads_eql,0,own,0.0,0.0,")
+    error = error_of(capsys, "records", "--negatives", str(run))
+    assert "has rows of pocket_heads_eql with seed 0" in error
 
 
 def test_options_that_do_not_apply_are_refused(tmp_path, capsys):
