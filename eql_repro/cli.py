@@ -331,7 +331,3 @@ app.add_typer(scenes_app, name="scenes")
 app.command()(evaluate)
 app.command()(predict)
 _ = app.command()(bench)
-
-# %% ../nbs/18_cli.ipynb #cae73c5e
-if __name__ == "__main__" and "__file__" in globals():
-    main()

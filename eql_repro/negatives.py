@@ -7,6 +7,7 @@ __all__ = ['NUMBERS', 'METRICS', 'by_negatives', 'add_negatives', 'gain_by_negat
 
 # %% ../nbs/17_negatives.ipynb #ad03abc6
 import csv
+import math
 from pathlib import Path
 
 from .evaluation import evaluate_lvis, readable_metrics
@@ -37,7 +38,7 @@ def by_negatives(run: str | Path) -> list[dict]:
     for number in (None, *NUMBERS, record.recipe["num_classes"]):
         files = truth, Path(run) / "detections.jsonl", ["bbox"]
         found = readable_metrics(evaluate_lvis(*files, negatives=number))
-        scores = {k: round(v, 6) for k, v in found.items() if k in METRICS}
+        scores = {k: round(found.get(k, math.nan), 6) for k in METRICS}
         row = start | {"negatives": "own" if number is None else number} | scores
         rows.append(row | {"commit": record.commit, "source": record.source})
     return rows

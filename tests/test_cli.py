@@ -19,7 +19,7 @@ from eql_repro.recipes import find_recipe  # noqa: E402
 from eql_repro.records import project_root  # noqa: E402
 from eql_repro.training import train  # noqa: E402
 
-EQL = [sys.executable, "-m", "eql_repro.cli"]
+EQL = [sys.executable, "-m", "eql_repro"]
 LVIS = Path(os.environ.get("EQL_DATA", "")) / "lvis_v0.5_val_64/lvis_v0.5_val_64.json"
 RECIPE = """
 from eql_repro.recipe import Recipe

@@ -101,7 +101,7 @@ def test_eql_run_trains_two_iterations(tree, tmp_path, name):
     recipe = replace(RECIPES[name], name="two", **few)
     text = f"from eql_repro.recipe import Recipe\ntwo = {recipe!r}\n"
     (tmp_path / "my.py").write_text(text)
-    command = [sys.executable, "-m", "eql_repro.cli", "run", f"{tmp_path}/my.py:two"]
+    command = [sys.executable, "-m", "eql_repro", "run", f"{tmp_path}/my.py:two"]
     command += ["--out", str(tmp_path), "--data", str(tree), "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
