@@ -21,6 +21,7 @@ from .classify import Classification, build_loss
 from .detect import Detection
 from .gradients import GradientMeter
 from .heads import Heads
+from .heads_wide import WideHeads
 from .provenance import load_weights, write_file
 from .recipe import DATA, Recipe
 from .samplers import keyed_generator
@@ -56,6 +57,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "instances": Detection,
     "scenes": Detection,
     "regions": Heads,
+    "wide_regions": WideHeads,
 }
 
 # %% ../nbs/14_lanes.ipynb #42744b93

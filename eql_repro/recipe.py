@@ -18,7 +18,9 @@ from .provenance import source_hash
 
 # %% ../nbs/13_recipe.ipynb #22184ed5
 CLASSIFIED = ("cifar100_lt", "imagenet_lt", "crops", "crops_imagenet_lt")
-DETECTED = ("lvis_v0.5", "lvis_v1", "instances", "scenes", "regions")
+DETECTED = (
+    "lvis_v0.5", "lvis_v1", "instances", "scenes", "regions", "wide_regions",
+)  # fmt: skip
 DATA = CLASSIFIED + DETECTED
 SOFTMAX = ("softmax", "seql", "seesaw", "balanced_softmax", "ldam")
 SIGMOID = ("sigmoid", "eql", "focal", "eqlv2")

@@ -463,6 +463,7 @@ _ORDER = (
     r"cifar100lt_if200_\w+(?<!_short)",  # Table 8
     r"cifar100lt_\w+(?<!_short)",  # milder imbalance
     r"scenes_lvis_\w+",  # the stand-in of Tables 1 to 5
+    r"scenes_heads_\w+",  # its heads
     r"crops_imagenetlt_(?!pocket)\w+",  # the stand-in of Table 9
     r"cifar100lt_\w+_short",
     r"pocket_r18_(sigmoid|eql)",
@@ -472,7 +473,8 @@ _ORDER = (
 )
 
 
-_AT_HAND = ("cifar100_lt", "crops", "crops_imagenet_lt", "scenes", "regions")
+_AT_HAND = ("cifar100_lt", "crops", "crops_imagenet_lt", "scenes")
+_AT_HAND += ("regions", "wide_regions")
 
 
 def _value(name: str) -> int:
