@@ -122,7 +122,7 @@ def wide_regions(
     """
     place, parts = Path(folder) / f"regions-{name}", []
     key = [_digest(Path(folder) / "weights.pt"), len(data), data.num_classes, truth]
-    key += [*KEPT, SIDE]
+    key += [*KEPT, SIDE, PART]
     place.mkdir(exist_ok=True)
     for first in range(0, len(data), PART):
         path = place / f"{first:06d}.pt"
