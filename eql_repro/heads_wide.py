@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from .counts import require
 from .detect import count_frequency, load_detection_data, pairs
 from .detector import Detector, _from_torchvision
 from .heads import Heads, RegionHead, RegionSet, _digest, trained_detector
@@ -124,7 +125,8 @@ def wide_regions(
     key = [_digest(Path(folder) / "weights.pt"), len(data), data.num_classes, truth]
     key += [*KEPT, SIDE, PART]
     place.mkdir(exist_ok=True)
-    for first in range(0, len(data), PART):
+    firsts = require("tqdm").tqdm(range(0, len(data), PART), name, disable=None)
+    for first in firsts:  # a bar on a terminal
         path = place / f"{first:06d}.pt"
         if (part := _kept(path, key)) is None:
             some = Subset(data, range(first, min(first + PART, len(data))))
