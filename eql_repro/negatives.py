@@ -18,7 +18,7 @@ from .scenes import Scenes
 import pandas as pd
 
 # %% ../nbs/17_negatives.ipynb #65f17a81
-NUMBERS = (0, 1, 2, 5, 10, 20)
+NUMBERS = (0, 1, 2, 5, 10, 20, 50, 200)  # those below the number of classes
 METRICS = ("APbbox", "APbboxr", "APbboxc", "APbboxf")
 
 
@@ -34,8 +34,9 @@ def by_negatives(run: str | Path) -> list[dict]:
     if not record.recipe["profile"]:
         raise ValueError(f"run: {record.recipe['name']!r} was not run on scenes")
     truth = Scenes(record.recipe["profile"], "val").to_lvis()
+    classes = record.recipe["num_classes"]
     start = {"recipe": record.recipe["name"], "seed": record.seed}
-    for number in (None, *NUMBERS, record.recipe["num_classes"]):
+    for number in (None, *(n for n in NUMBERS if n < classes), classes):
         files = truth, Path(run) / "detections.jsonl", ["bbox"]
         found = readable_metrics(evaluate_lvis(*files, negatives=number))
         scores = {k: round(found.get(k, math.nan), 6) for k in METRICS}

@@ -173,10 +173,15 @@ def heads() -> list[Recipe]:
 
 
 def wide_heads() -> list[Recipe]:
-    """Heads for LVIS's counts: all rivals, and the rows of Tables 2 and 3."""
+    """Heads for LVIS's counts: all rivals, Tables 2 and 3, two of four times the length."""
     rows = {k: v for k, v in _changes().items() if k != "eql_no_er"}
     more = [replace(WIDE, name=f"scenes_heads_{k}", **v) for k, v in rows.items()]
-    return stand_in(WIDE, _EQL["lambda_"]) + more
+    table5, size = (
+        stand_in(WIDE, _EQL["lambda_"]),
+        dict(iterations=14_400, warmup=1_440),
+    )
+    long = [replace(r, name=f"{r.name}_long", **size) for r in table5[:2]]
+    return [*table5, *more, *long]
 
 # %% ../nbs/13_recipe_detect.ipynb #35c05fa9
 BACKBONE = Recipe(
