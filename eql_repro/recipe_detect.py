@@ -173,7 +173,7 @@ def heads() -> list[Recipe]:
 
 
 def wide_heads() -> list[Recipe]:
-    """Heads for LVIS's counts: all rivals, Tables 2 and 3, two of four times the length."""
+    """Heads for LVIS's counts: rivals, Tables 2 and 3, two of four times the length."""
     rows = {k: v for k, v in _changes().items() if k != "eql_no_er"}
     more = [replace(WIDE, name=f"scenes_heads_{k}", **v) for k, v in rows.items()]
     table5, size = (
