@@ -171,17 +171,17 @@ def heads() -> list[Recipe]:
     rows = [replace(r, lambda_=x) for r, x in zip(rows, more.values(), strict=True)]
     return stand_in(HEADS, 0.05) + rows
 
-
+# %% ../nbs/13_recipe_detect.ipynb #417f9f20
 def wide_heads() -> list[Recipe]:
-    """Heads for LVIS's counts: rivals, Tables 2 and 3, two of four times the length."""
+    """Heads for LVIS's counts: rivals, Tables 2 and 3, longer ones, and two by SGD."""
     rows = {k: v for k, v in _changes().items() if k != "eql_no_er"}
     more = [replace(WIDE, name=f"scenes_heads_{k}", **v) for k, v in rows.items()]
-    table5, size = (
-        stand_in(WIDE, _EQL["lambda_"]),
-        dict(iterations=14_400, warmup=1_440),
-    )
-    long = [replace(r, name=f"{r.name}_long", **size) for r in table5[:2]]
-    return [*table5, *more, *long]
+    all_losses = stand_in(WIDE, _EQL["lambda_"])
+    size = dict(iterations=14_400, warmup=1_440)
+    long = [replace(r, name=f"{r.name}_long", **size) for r in all_losses[:2]]
+    sgd = dict(optimizer="sgd", lr=0.04, warmup_lr=4e-5, weight_decay=1e-4)
+    slow = [replace(r, name=f"{r.name}_sgd", **sgd) for r in all_losses[1:3]]
+    return [*all_losses, *more, *long, *slow]
 
 # %% ../nbs/13_recipe_detect.ipynb #35c05fa9
 BACKBONE = Recipe(

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_real_annotations(tmp_path, monkeypatch):
 
 
 def test_share_of_absent_categories_that_real_images_list_as_negative():
-    """The page `effects` states 9.5 categories, 0.8 %, and 2.9 for one shown."""
+    """The page `effects` states 9.5 categories, 0.8 %, 2.9 for one, and groups."""
     if not (folder := os.environ.get("EQL_DATA")):
         pytest.skip("EQL_DATA is not set: no LVIS file")
     name = "lvis_v0.5_val_64"
@@ -218,6 +219,15 @@ def test_share_of_absent_categories_that_real_images_list_as_negative():
     assert round(listed / len(truth["images"]), 1) == 9.5
     assert round(100 * listed / absent, 1) == 0.8
     assert round(listed / len(pairs), 2) == 2.87
+    group = {row["id"]: row["frequency"] for row in truth["categories"]}
+    lists = [j for image in truth["images"] for j in image["neg_category_ids"]]
+    negative, shown = (
+        Counter(group[j] for j in ids) for ids in (lists, [j for _, j in pairs])
+    )
+    size = Counter(group.values())
+    share = {g: negative[g] / len(truth["images"]) / size[g] for g in "rcf"}
+    assert {g: round(100 * v, 1) for g, v in share.items()} == dict(r=0.4, c=1, f=1.1)
+    assert shown["r"] == 1 and round(negative["c"] / shown["c"]) == 17
 
 
 def test_the_reference_leaves_no_trace(made, caplog, monkeypatch):
