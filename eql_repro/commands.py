@@ -122,6 +122,7 @@ CASES = {
     "scenes_rate": "bench_detect",
     "loading": "bench_detect",
     "evaluation": "bench_evaluation",
+    "memory": "bench_evaluation",
 }
 
 # %% ../nbs/17_commands.ipynb #b608f3ab
