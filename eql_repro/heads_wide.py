@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from .counts import require
 from .detect import count_frequency, load_detection_data, pairs
 from .detector import Detector, _from_torchvision
 from .heads import Heads, RegionHead, RegionSet, _digest, trained_detector
-from .provenance import load_weights, write_file
+from .provenance import write_file
 from .recipe import Recipe
 from .regions import device_generator, num_logits
 from .samplers import keyed_generator
@@ -97,9 +99,9 @@ PART = 2048  # images of a file
 
 def _kept(path: Path, key: list) -> RegionSet | None:
     """What a file holds, if it can be read and has this key."""
-    try:
-        part = load_weights(path)
-    except (FileNotFoundError, ValueError):
+    try:  # mapped: parts and their whole are not in memory at once
+        part = torch.load(path, mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, UnpicklingError):
         return None
     return RegionSet(**part) if part.pop("key", None) == key else None
 
@@ -170,3 +172,8 @@ class WideHeads(Heads):
             wide_regions(folder, self.detector, split, name, truth)
             for split, name, truth in zip(splits, names, (True, False), strict=True)
         )
+        self.weights = _digest(folder / "weights.pt")[:12]
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """As `Heads.evaluate`, and for a record the hash of the detector's weights."""
+        return super().evaluate(*args, **options) | {"regions_of": self.weights}

@@ -92,6 +92,7 @@ class Record:
     versions: of the libraries. commit, source: of the code that ran.
     speed: images a second and peak memory in GB, empty where not measured.
     examples: boxes that a detector found on four images, scores above 0.3.
+    regions_of: of a wide head, the hash of the weights whose regions it learned from.
     changed: True if today's source is another and was not shown to give the same
     numbers; not part of the file.
     """
@@ -110,6 +111,7 @@ class Record:
     source: str
     speed: dict = field(default_factory=dict)
     examples: list = field(default_factory=list)
+    regions_of: str = ""
     changed: bool = False
 
 
@@ -134,10 +136,13 @@ def _numbers(value: object, where: str) -> list[tuple[str, float]]:
     return [found for path, part in parts for found in _numbers(part, path)]
 
 
+_OPTIONAL = {"speed", "examples", "regions_of"}
+
+
 def _check_types(data: dict) -> None:
     if not isinstance(data, dict):
         raise ValueError(f"record is a {type(data).__name__}, expected an object")
-    for key in sorted(_TYPES.keys() ^ (data.keys() - {"speed", "examples"})):
+    for key in sorted(_TYPES.keys() ^ (data.keys() - _OPTIONAL)):
         word = "missing" if key in _TYPES else "unknown"
         raise ValueError(f"record has a {word} entry {key!r}")
     for key, kind in _TYPES.items():
