@@ -16,6 +16,12 @@ from .kernels import eql_sum, fills_a_block
 from .longtail import ClassFrequency, _real, tail_of
 
 # %% ../nbs/03_eql.ipynb #968fa45e
+def _check_tensor(x: Tensor, name: str) -> None:
+    """Raise for what is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def _check_device(x: Tensor, name: str, logits: Tensor) -> None:
     """Raise for a tensor on another device than the logits."""
     if x.device != logits.device:
@@ -34,6 +40,7 @@ def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
 # %% ../nbs/03_eql.ipynb #821ea9dc
 def _check_target(target: Tensor, logits: Tensor) -> None:
     """Raise unless the target is int64 [N] in [0, C] or float [N, C] in [0, 1]."""
+    _check_tensor(target, "target")
     _check_device(target, "target", logits)
     if target.is_floating_point():
         if target.shape != logits.shape:
@@ -81,6 +88,8 @@ def _check_shapes(
     logits: Tensor, tail: Tensor, hint: str = "background has no logit in this loss"
 ) -> None:
     """Raise unless logits are float [N, C] and tail is bool or float, [C] or [N, C]."""
+    _check_tensor(logits, "logits")
+    _check_tensor(tail, "tail")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if tail.dtype != torch.bool and not tail.is_floating_point():
@@ -134,7 +143,8 @@ def equalization_loss(
     only; elsewhere a label outside [0, C) counts as background.
     """
     _check_shapes(logits, tail)
-    lean = reduction in ("mean", "sum") and target.dtype == torch.int64
+    labels = getattr(target, "dtype", None) == torch.int64
+    lean = reduction in ("mean", "sum") and labels
     if not lean or tail.requires_grad or not fills_a_block(logits):
         terms = _terms(_wide(logits), target, tail, exclude_background)
         return _reduce(terms, reduction)

@@ -69,43 +69,50 @@ class _Call:
 def _check_classifier(classifier: nn.Module) -> nn.Module:
     """Return a linear or 1×1 convolutional layer whose weight is trained, or raise."""
     if not isinstance(classifier, nn.Linear | nn.Conv2d):
-        got = type(classifier).__name__
-        raise TypeError(f"classifier must be nn.Linear or a 1×1 nn.Conv2d, got {got}")
+        want, got = "nn.Linear or a 1×1 nn.Conv2d", type(classifier).__name__
+        raise TypeError(f"classifier must be {want}, got {got}")
     if isinstance(classifier, nn.Conv2d):
         one = {*classifier.kernel_size, *classifier.stride, classifier.groups} == {1}
         if not one or classifier.padding not in ((0, 0), "same", "valid"):
             raise ValueError(f"classifier must be a 1×1 nn.Conv2d, got {classifier}")
-    if not classifier.weight.requires_grad:
-        raise ValueError("classifier must be trained, got requires_grad=False")
+    if not (classifier.weight.is_leaf and classifier.weight.requires_grad):
+        raise ValueError("classifier must be trained: its weight a leaf with gradient")
     return classifier
 
 
 def _check_target(target: Tensor, z: Tensor, classifier: nn.Module) -> Tensor:
     """Return labels [N] or [N, C] that fit the logits, or raise."""
     c = len(classifier.weight)
-    n, dtype = z.numel() // c, getattr(target, "dtype", None)
+    n, dtype = z.numel() // c, target.dtype if isinstance(target, Tensor) else None
     if dtype != torch.int64 and not (dtype and dtype.is_floating_point):
         got = dtype or type(target).__name__
         raise TypeError(f"target must be an int64 or float tensor, got {got}")
     if target.shape != ((n, c) if dtype.is_floating_point else (n,)):
         want, got = f"int64 [{n}] or float [{n}, {c}]", list(target.shape)
         raise ValueError(f"target must be {want} like the logits, got {dtype} {got}")
-    return target.detach()
+    return target.detach().to(_wide(z).dtype if dtype.is_floating_point else dtype)
 
 # %% ../nbs/02_gradients.ipynb #f5abdc47
 class _Tap:
     """Hooks on a classifier: `then(calls, rows)` hears of each backward pass.
 
     `calls`: each call that the pass went through, with its logits' gradient; `rows`:
-    gradient of the weight.
+    gradient of the weight. It gives back the step that then hears of `weight.grad`.
     """
 
     def __init__(self, classifier: nn.Module, then: Callable):
-        self.classifier, self.then = classifier, then
+        self.classifier, self.weight, self.then = classifier, classifier.weight, then
         self.last: _Call | None = None
         self.arrived: dict[_Call, Tensor] = {}
+        self.step: _Step | None = None
         forward = classifier.register_forward_hook(self.on_call, with_kwargs=True)
-        self.handles = [forward, classifier.weight.register_hook(self.on_rows)]
+        self.handles = [forward, self.weight.register_hook(self.on_rows)]
+        done = self.weight.register_post_accumulate_grad_hook(self.on_gradient)
+        self.handles.append(done)
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
 
     def on_call(self, module, args: tuple, kwargs: dict, z: Tensor) -> None:
         if z.requires_grad:
@@ -113,6 +120,8 @@ class _Tap:
             z.register_hook(partial(self.on_logits, self.last))
 
     def label(self, target: Tensor) -> None:
+        if not self.handles or self.classifier.weight is not self.weight:
+            raise RuntimeError("observe: the meter is detached, or the weight replaced")
         if self.last is None:
             raise RuntimeError("observe(target) must follow a call of the classifier")
         z = self.last.z
@@ -129,7 +138,11 @@ class _Tap:
         calls, self.arrived = self.arrived, {}
         if any(call.target is None for call in calls):
             raise RuntimeError("observe(target) must stand before backward")
-        self.then(calls, rows.detach())
+        self.step = self.then(calls, rows.detach())
+
+    def on_gradient(self, weight: Tensor) -> None:
+        if self.step is not None:
+            self.step.leave(weight)
 
 # %% ../nbs/02_gradients.ipynb #5ba33e06
 _SCORES = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=1)}
@@ -180,10 +193,17 @@ class _Step:
         self.version, self.due, self.passed = weight._version, due, False
         self.entry: Tensor | None = None
         self.scale: float | Tensor = 1.0
+        self.left: tuple[int, int] | None = None
+
+    def leave(self, weight: Tensor) -> None:
+        if _processes() == 1:  # others change the gradient after the pass
+            self.left = id(weight.grad), weight.grad._version
 
     def is_over(self, weight: Tensor) -> bool:
-        changed = weight.grad is None or weight._version != self.version
-        return self.passed and changed
+        if not self.passed or (grad := weight.grad) is None:
+            return self.passed
+        other = self.left not in (None, (id(grad), grad._version))
+        return other or weight._version != self.version
 
     def add(self, rows: Tensor, calls: dict, classifier: nn.Module, score) -> None:
         self.passed = True
@@ -266,9 +286,9 @@ def _check_frequency(frequency: ClassFrequency, total: Tensor) -> Tensor:
 
 
 def _check_state(state: dict, total: Tensor) -> dict:
-    want, got = list(total.shape), list(state["total"].shape)
-    if want != got:
-        raise ValueError(f"state must hold totals {want}, got {got}")
+    want, got = list(total.shape), list(getattr(state.get("total"), "shape", ()))
+    if want != got or "seen" not in state:
+        raise ValueError(f"state must hold totals {want} and steps seen, got {got}")
     return state
 
 # %% ../nbs/02_gradients.ipynb #2aacd2f9
@@ -298,8 +318,7 @@ class GradientMeter:
 
     def detach(self) -> None:
         """Take the hooks off the classifier; the results stay."""
-        for handle in self._tap.handles:
-            handle.remove()
+        self._tap.remove()
 
     def observe(self, target: Tensor, scale: float | Tensor = 1.0) -> None:
         """Tell the labels of the classifier's last call; nothing under `no_grad`.
@@ -311,16 +330,20 @@ class GradientMeter:
         if torch.is_grad_enabled():
             _check_scale(scale)
             self._tap.label(target)
-            weight = self.classifier.weight
-            if self._step is None or self._step.is_over(weight):
-                self._total = _added(self._total, self._step)
-                self._step = _Step(weight, due=self._seen % self.every == 0)
-                self._seen += 1
-            self._step.scale = scale
+            self._go_on(scale)
 
-    def _measure(self, calls: dict[_Call, Tensor], rows: Tensor) -> None:
+    def _go_on(self, scale: float | Tensor) -> None:
+        if self._step is None or self._step.is_over(self.classifier.weight):
+            due, self._seen = self._seen % self.every == 0, self._seen + 1
+            self._total = _added(self._total, self._step)
+            self._step = _Step(self.classifier.weight, due)
+        self._step.scale = scale
+
+    def _measure(self, calls: dict[_Call, Tensor], rows: Tensor) -> _Step | None:
         if calls and self._step:
+            self._go_on(self._step.scale)  # it may have ended since `observe`
             self._step.add(rows, calls, self.classifier, self._score)
+        return self._step
 
     def results(self) -> dict[str, Tensor]:
         """Means over the measured steps, float64 [C] each, on the CPU.

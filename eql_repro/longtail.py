@@ -121,6 +121,11 @@ def _lambda_for(counts: Tensor, total: int | Tensor, count, ratio) -> float:
     cuts = [-1, *counts.unique().tolist()]  # -1: the empty tail, λ = 0
     found = [tail_ratio(counts, counts <= n) for n in cuts]
     best = min(range(len(cuts)), key=lambda i: abs(found[i] - ratio))
+    if best == 0 and ratio > 0:
+        nearest = f"the smallest that is not empty has {found[1]:.3g}"
+        warnings.warn(
+            f"tail_ratio={ratio:g}: empty tail, λ = 0; {nearest}", stacklevel=3
+        )
     return max(0.0, (cuts[best] + 0.5) / n_images)
 
 # %% ../nbs/01_longtail.ipynb #5e77decb
@@ -157,6 +162,7 @@ def _vector(value, name: str) -> Tensor:
         raise ValueError(f"{name} must be a non-empty list [C], got {list(x.shape)}")
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be numbers, got {x.dtype}")
+    x = x if x.is_floating_point() else x.long()  # NumPy's unsigned do not compare
     if len(bad := x[~x.isfinite() | (x < 0) | (x != x.long())]):
         raise ValueError(f"{name} must be finite whole numbers from 0, got {bad[0]}")
     return x.long()
@@ -192,13 +198,15 @@ def _annotated(source: dict, images: str) -> int:
     sizes = {"all": len(source["images"]), "annotated": len(annotated)}
     return _choose(sizes, images, "images")
 
-
+# %% ../nbs/01_longtail.ipynb #ad438b37
 def _count_labels(labels, num_classes: int | None) -> Tensor:
     """Count labels 0 to C-1."""
     labels = _vector(labels, "labels")
+    if num_classes is not None and _real(num_classes, "num_classes", 1) % 1:
+        raise ValueError(f"num_classes must be a whole number, got {num_classes!r}")
     if num_classes is not None and (worst := int(labels.max())) >= num_classes:
         raise ValueError(f"labels must be below num_classes={num_classes}, got {worst}")
-    return torch.bincount(labels, minlength=num_classes or 0)
+    return torch.bincount(labels, minlength=int(num_classes or 0))
 
 
 def _from_json(source: dict, images: str) -> tuple[list[int], int, list[str]]:
@@ -342,7 +350,7 @@ def tail_of(
     `threshold`: "step" (gives bool), "exponential" or "gompertz" (give float in
     [0, 1]), or a function of (f, lambda_) that returns one of the two, [C].
     Raises ValueError or TypeError naming the argument; warns where λ > 0 leaves the
-    tail empty (Eq. 7, Table 3).
+    tail empty, and for λ > 1 (Eq. 7, Table 3).
     """
     lambda_, f = _real(lambda_, "lambda_"), _shares(frequency)
     if not callable(threshold):
@@ -354,4 +362,7 @@ def tail_of(
         raise ValueError("threshold must return values in [0, 1]")
     if lambda_ > 0 and not tail.any():
         warnings.warn(f"lambda_={lambda_:g} leaves the tail empty", stacklevel=3)
+    if lambda_ > 1:
+        hint = "frequencies end at 1; for a count of images: lambda_for(count=…)"
+        warnings.warn(f"lambda_={lambda_:g}: {hint}", stacklevel=3)
     return tail

@@ -278,6 +278,14 @@ def region_losses(
     }
 
 # %% ../nbs/11_regions.ipynb #d4350a48
+def _check_ids(labels: Tensor, name: str, classes: int) -> None:
+    """Raise unless labels are int64 in [0, C)."""
+    if (got := getattr(labels, "dtype", type(labels).__name__)) != torch.int64:
+        raise TypeError(f"{name} must be int64, got {got}")
+    if len(wrong := labels[(labels < 0) | (labels >= classes)]):
+        raise ValueError(f"{name} must be in [0, {classes}), got {int(wrong[0])}")
+
+# %% ../nbs/11_regions.ipynb #2d290f80
 def check_targets(
     targets: Sequence[dict], images: Sequence[Tensor], fields: set[str], classes: int
 ) -> None:
@@ -292,17 +300,15 @@ def check_targets(
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
         if missing := sorted(fields - target.keys()):
             raise ValueError(f"targets[{i}] must hold {missing}, got {sorted(target)}")
-        n, (labels, boxes) = len(target["labels"]), (target["labels"], target["boxes"])
+        n, boxes = len(target["labels"]), target["boxes"]
         shapes = {"labels": (n,), "boxes": (n, 4), "masks": (n, *image.shape[-2:])}
         for name in sorted(fields & shapes.keys()):
             if (got := target[name].shape) != (want := shapes[name]):
                 raise ValueError(f"targets[{i}]: {name} must be {want}, got {[*got]}")
-        if labels.dtype != torch.int64 or not boxes.is_floating_point():
-            got = f"{labels.dtype} and {boxes.dtype}"
-            raise TypeError(f"targets[{i}]: labels int64, boxes float; got {got}")
-        if len(wrong := labels[(labels < 0) | (labels >= classes)]):
-            want = f"in [0, {classes}), got {int(wrong[0])}"
-            raise ValueError(f"targets[{i}]: labels must be {want}")
+        if not boxes.is_floating_point():
+            raise TypeError(f"targets[{i}]: boxes must be float, got {boxes.dtype}")
+        for name in sorted(fields & {"labels", "neg_labels"}):
+            _check_ids(target[name], f"targets[{i}]: {name}", classes)
         good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         if len(wrong := boxes[~good]):
             want = f"finite, x1 < x2 and y1 < y2, got {wrong[0].tolist()}"

@@ -20,13 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from .eql import _check_device, _one_hot, _reduce, _wide, equalization_loss
+from eql_repro.eql import (
+    _check_device,
+    _check_tensor,
+    _one_hot,
+    _reduce,
+    _wide,
+    equalization_loss,
+)
 from .longtail import ClassFrequency, _choose, _real, _vector
 from .seql import _check_labels
 
 # %% ../nbs/05_rivals.ipynb #36c3ed79
 def _check_logits(logits: Tensor, **vectors: Tensor) -> None:
     """Raise unless logits are float [N, C] and each vector is [C], on their device."""
+    _check_tensor(logits, "logits")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim != 2:

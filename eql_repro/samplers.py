@@ -143,6 +143,11 @@ def _pairs(labels: Tensor | Sequence, num_classes: int) -> tuple[Tensor, Tensor]
     n, C = len(labels), _whole(num_classes, "num_classes", 1)
     _whole(n, "the number of images in labels", 1)
     image, class_ = _flat(labels)
+    if C > 2 and getattr(labels, "shape", ()) == (n, C) and (class_ <= 1).all():
+        raise ValueError(
+            f"labels must be class ids, got a matrix [{n}, {C}] of 0 and 1; of a "
+            "multi-hot row take row.nonzero()[:, 0]"
+        )
     bad = (class_ < 0) | (class_ > C)
     if bad.any():
         where = f"{class_[bad][0]} for image {image[bad][0]}"

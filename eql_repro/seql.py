@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from .eql import _check_device, _check_range, _check_shapes, _reduce, _wide
+from eql_repro.eql import (
+    _check_device,
+    _check_range,
+    _check_shapes,
+    _check_tensor,
+    _reduce,
+    _wide,
+)
 from eql_repro.kernels import (
     draw_many,
     fills_a_block,
@@ -36,6 +43,9 @@ def denominator_weights(target: Tensor, tail: Tensor, beta: Tensor) -> Tensor:
 # %% ../nbs/04_seql.ipynb #e10a898e
 def _check_draw(logits: Tensor, gamma: float, generator: Generator | None) -> float:
     """Return γ as a float, or raise for it or for a generator elsewhere."""
+    if generator is not None and not isinstance(generator, Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generator must be a torch.Generator or None, got {got}")
     if generator is not None and generator.device.type != logits.device.type:
         where = f"{generator.device}, logits on {logits.device}"
         raise ValueError(f"generator must be on the device of logits, got {where}")
@@ -69,6 +79,7 @@ def draw_beta(
 def _check_labels(target: Tensor, logits: Tensor) -> None:
     """Raise unless the target is int64 [N] in [0, C)."""
     n, c = logits.shape
+    _check_tensor(target, "target")
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 [N], got {target.dtype}")
     if target.shape != (n,):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from importlib import resources
 
 import numpy as np
@@ -197,6 +198,16 @@ ERRORS = {
         ValueError,
         "threshold",
     ),
+    "number of classes as text": (
+        lambda: ClassFrequency.from_labels([0, 1], "3"),
+        TypeError,
+        "num_classes",
+    ),
+    "half a class": (
+        lambda: ClassFrequency.from_labels([0, 1], 2.5),
+        ValueError,
+        "num_classes",
+    ),
     "f nan": (lambda: tail_of(torch.tensor([math.nan]), 1), ValueError, "frequency"),
     "threshold": (lambda: tail_of(torch.ones(1), 1, "x"), ValueError, "threshold"),
     "shape": (
@@ -212,6 +223,25 @@ def test_errors_name_the_argument(case):
     call, kind, message = ERRORS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int16"])
+def test_counts_and_labels_may_be_of_any_whole_kind(kind):
+    counts = ClassFrequency(np.array([3, 1], dtype=kind)).counts
+    assert counts.tolist() == [3, 1] and counts.dtype == torch.int64
+    assert ClassFrequency.from_labels(np.array([0, 1], dtype=kind), 3).counts[2] == 0
+
+
+def test_a_tail_that_cannot_be_meant_is_warned_of():
+    short = ClassFrequency([100, 50, 20])
+    with pytest.warns(UserWarning, match="tail_ratio=0.05: empty tail.* has 0.118"):
+        assert short.lambda_for(tail_ratio=0.05) == 0
+    with pytest.warns(UserWarning, match="lambda_=100: frequencies end at 1"):
+        tail_of(short, 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert short.lambda_for(tail_ratio=0.1) > 0
+        tail_of(short, 1)
 
 
 def test_a_missing_extra_is_named():

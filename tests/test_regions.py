@@ -292,7 +292,8 @@ def test_keyed_draws_follow_the_key_alone():
 def good_target():
     box = torch.tensor([[1.0, 1, 5, 6]])
     masks = torch.zeros(1, *SIZE, dtype=torch.uint8)
-    return {"boxes": box, "labels": torch.tensor([2]), "masks": masks}
+    labels = {"labels": torch.tensor([2]), "neg_labels": torch.tensor([0, 1])}
+    return {"boxes": box, "masks": masks} | labels
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,9 @@ def good_target():
         ({"labels": torch.tensor([-1])}, ValueError, "labels must be in"),
         ({"labels": torch.tensor([2.0])}, TypeError, "int64"),
         ({"labels": torch.tensor([2, 2])}, ValueError, "boxes must be"),
-        ({"boxes": torch.tensor([[1, 1, 5, 6]])}, TypeError, "boxes float"),
+        ({"boxes": torch.tensor([[1, 1, 5, 6]])}, TypeError, "boxes must be float"),
+        ({"neg_labels": torch.tensor([3])}, ValueError, "neg_labels must be in"),
+        ({"neg_labels": torch.tensor([1.0])}, TypeError, "neg_labels must be int64"),
         ({"boxes": torch.tensor([[1.0, 1, 1, 6]])}, ValueError, "x1 < x2"),
         ({"boxes": torch.tensor([[1.0, 1, 5, float("nan")]])}, ValueError, "finite"),
         ({"masks": torch.zeros(1, 9, 9)}, ValueError, "masks must be"),
@@ -310,6 +313,7 @@ def good_target():
 )
 def test_targets_that_do_not_fit_are_named(change, error, message):
     images, fields = [torch.zeros(3, *SIZE)] * 2, {"boxes", "labels", "masks"}
+    fields |= {"neg_labels"}
     check_targets([good_target()] * 2, images, fields, 3)
     with pytest.raises(error, match=message) as caught:
         check_targets([good_target(), {**good_target(), **change}], images, fields, 3)
@@ -323,4 +327,5 @@ def test_missing_targets_are_named():
             check_targets(targets, images, {"boxes", "labels"}, 3)
     with pytest.raises(ValueError, match="neg_labels"):
         fields = {"boxes", "labels", "neg_labels"}
-        check_targets([good_target()], images, fields, 3)
+        target = {k: v for k, v in good_target().items() if k != "neg_labels"}
+        check_targets([target], images, fields, 3)

@@ -378,6 +378,8 @@ Z, L = torch.zeros(2, C), torch.zeros(2, dtype=torch.int64)
 CALLS = {
     "1-D logits": (Z[0], L, ValueError, "logits"),
     "int logits": (Z.long(), L, TypeError, "logits.*int64"),
+    "list of logits": ([[0.0]], L, TypeError, "logits.*list"),
+    "NumPy's labels": (Z, L.numpy(), TypeError, "target.*ndarray"),
     "short labels": (Z, L[:1], ValueError, r"target.*\[2\].*\[1\]"),
     "label -1": (Z, L - 1, ValueError, "target.*-1"),
     "label C+1": (Z, L + C + 1, ValueError, "target.*7"),

@@ -348,6 +348,11 @@ BAD = {
         lambda: class_aware_weights(MEMBERS, 9),
         "images must be at least 119, got 9",
     ),
+    "multi-hot": (
+        lambda: class_members(torch.eye(3, dtype=torch.int64), 3),
+        "labels must be class ids, got a matrix [3, 3] of 0 and 1; of a multi-hot row "
+        "take row.nonzero()[:, 0]",
+    ),
     "num_replicas": (
         lambda: OrderSampler(ok, num_replicas=0),
         "num_replicas must be at least 1, got 0",
