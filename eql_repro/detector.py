@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -364,7 +366,7 @@ def _check_options(options: DetectorOptions) -> None:
         _whole(getattr(options, name), name, 1)
     for name, n in (("min_size", 0), ("anchor_sizes", 5), ("proposals", 2)):
         sizes = getattr(options, name)
-        sizes = [sizes] if isinstance(sizes, int) else sizes
+        sizes = [sizes] if isinstance(sizes, int | float) else sizes
         if not sizes or n and len(sizes) != n:
             raise ValueError(f"{name} must be {n or 'some'} numbers, got {sizes}")
         [_whole(size, name, 1) for size in sizes]
@@ -378,8 +380,12 @@ def _load(body: nn.Module, options: DetectorOptions) -> None:
     """Load a ResNet without a classifier, from a file or torchvision's by name."""
     source = options.pretrained_backbone
     named = models.get_model_weights(options.backbone).__members__
-    if Path(source).is_file():
-        state = torch.load(source, map_location="cpu", weights_only=True)
+    if isinstance(source, str | PathLike) and Path(source).is_file():
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, LookupError, UnpicklingError) as error:
+            got = f"got {source}: {error}"
+            raise ValueError(f"pretrained_backbone must hold weights, {got}") from error
     elif source in named:
         state = named[source].get_state_dict(progress=False, check_hash=True)
     else:

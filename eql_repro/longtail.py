@@ -10,7 +10,7 @@ __all__ = ['image_frequency', 'class_groups', 'exponential_counts', 'threshold_s
 import csv
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib import resources
 from os import PathLike
 
@@ -187,7 +187,7 @@ def _check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ..
 
 def _choose(table: dict, key: str, name: str):
     """Look up an option, or raise with the list of what there is."""
-    if key not in table:
+    if not isinstance(key, Hashable) or key not in table:
         raise ValueError(f"{name} must be one of {[*table]}, got {key!r}")
     return table[key]
 

@@ -31,6 +31,8 @@ def num_logits(num_classes: int, class_loss: Callable) -> int:
     class, if any, have one number per logit; a buffer `tail` may have C.
     Raises TypeError for another activation, ValueError for other lengths.
     """
+    if isinstance(class_loss, type):
+        raise TypeError(f"class_loss must be an instance, got {class_loss.__name__}")
     activation = getattr(class_loss, "activation", None)
     if activation not in ("sigmoid", "softmax"):
         want = "'sigmoid' or 'softmax' as its attribute activation"

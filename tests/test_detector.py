@@ -424,6 +424,10 @@ def test_a_model_is_copied_saved_and_its_targets_left_alone():
     ("options", "error", "message"),
     [
         ({"backbone": "resnet19"}, ValueError, "backbone must be one of"),
+        ({"backbone": ["resnet18"]}, ValueError, "backbone must be one of"),
+        ({"pretrained_backbone": True}, ValueError, "pretrained_backbone must be a"),
+        ({"pretrained_backbone": __file__}, ValueError, "backbone must hold weights"),
+        ({"min_size": 64.5}, TypeError, "min_size must be a whole number"),
         ({"norm": "layer"}, ValueError, "norm must be one of"),
         ({"normalizer": "object"}, ValueError, "normalizer must be one of"),
         ({"mask_output": "polygon"}, ValueError, "mask_output must be one of"),
@@ -449,6 +453,8 @@ def test_classes_and_losses_that_do_not_fit_are_named():
         mask_rcnn(C + 1, eql(), **SMALL)
     with pytest.raises(TypeError, match="activation"):
         mask_rcnn(C, nn.CrossEntropyLoss(), **SMALL)
+    with pytest.raises(TypeError, match="class_loss must be an instance, got Equal"):
+        mask_rcnn(C, EqualizationLoss, **SMALL)
     with pytest.raises(TypeError, match="num_classes"):
         mask_rcnn("7", eql(), **SMALL)
     with pytest.raises(ValueError, match="name must be one of"):
