@@ -21,7 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .counts import _read_annotations, require
+from eql_repro.counts import (
+    _by_id,
+    _check_listed,
+    _few,
+    _read_annotations,
+    require,
+)
 from .longtail import ClassFrequency
 
 # %% ../nbs/08_annotations.ipynb #bf945d2e
@@ -45,32 +51,6 @@ class Packed(Sequence):
     def __getitem__(self, i: int):
         i = range(len(self))[i]  # IndexError past the end
         return pickle.loads(self.bytes[self.ends[i] : self.ends[i + 1]].numpy())
-
-# %% ../nbs/08_annotations.ipynb #e2b77398
-def _few(items: Iterable) -> str:
-    """The first five items as text."""
-    items = [*map(str, items)]
-    more = f", … ({len(items):,} in all)" if len(items) > 5 else ""
-    return ", ".join(items[:5]) + more
-
-# %% ../nbs/08_annotations.ipynb #2131ac0b
-def _get_id(row):
-    return row.get("id") if isinstance(row, dict) else None
-
-
-def _by_id(rows: list[dict], kind: str) -> dict[int, dict]:
-    """Rows by their ids; raise for an id that is no whole number, or there twice."""
-    if wrong := [r for r in rows if not isinstance(_get_id(r), Integral)]:
-        raise ValueError(f"{kind}: rows without a whole 'id': {_few(wrong)}")
-    if twice := [i for i, n in Counter(r["id"] for r in rows).items() if n > 1]:
-        raise ValueError(f"{kind}: ids that stand there twice: {_few(twice)}")
-    return {row["id"]: row for row in rows}
-
-# %% ../nbs/08_annotations.ipynb #e364b8fb
-def _check_listed(who: str, ids: Iterable, listed: dict, kind: str) -> None:
-    if unknown := {str(i) for i in ids if not (isinstance(i, Real) and i in listed)}:
-        which = _few(sorted(unknown))
-        raise ValueError(f"{who}: {kind} that are not listed: {which}")
 
 # %% ../nbs/08_annotations.ipynb #1c3d0558
 def _is_number(x) -> bool:
@@ -113,12 +93,12 @@ def _check_fields(data: dict) -> None:
 
 # %% ../nbs/08_annotations.ipynb #42a69f93
 def _checked(data: dict) -> tuple[dict, dict]:
-    """Categories by rising id, and images by id; raise for what contradicts itself."""
-    images, categories = (_by_id(data[k], k) for k in ("images", "categories"))
-    rows = _by_id(data["annotations"], "annotations").values()
-    for key, listed in (("image_id", images), ("category_id", categories)):
-        owners = (row.get(key) for row in rows)
-        _check_listed("annotations", owners, listed, f"{key}s")
+    """Categories by rising id, and images by id; raise for what contradicts itself.
+
+    data: from `_read_annotations`, which looks at the annotations' images.
+    """
+    kinds = ("annotations", "images", "categories")
+    _, images, categories = (_by_id(data[kind], kind) for kind in kinds)
     _check_fields(data)
     for key in _SETS:
         ids = (i for row in images.values() for i in row.get(key) or ())
@@ -263,16 +243,6 @@ def _pack(
         "image_classes": [*map(sorted, shown)],
     }
 
-# %% ../nbs/08_annotations.ipynb #2f20b6f1
-def _load(source: str | PathLike | dict) -> dict:
-    """The file's lists; raise with the file's name."""
-    if not isinstance(source, (str, PathLike)):
-        return _read_annotations(source)
-    try:
-        return _read_annotations(source)
-    except (TypeError, ValueError) as error:  # not json, cut short, a list is missing
-        raise ValueError(f"{source}: not an annotation file ({error})") from error
-
 # %% ../nbs/08_annotations.ipynb #5c0f5d27
 @dataclass(frozen=True)
 class Annotations:
@@ -305,7 +275,7 @@ def read_annotations(source: str | PathLike | dict) -> Annotations:
     annotation that is skipped or looks wrong, with its count. Raises ValueError for a
     file that is not whole or contradicts itself, TypeError for another source.
     """
-    data, counted = _load(source), Counter()
+    data, counted = _read_annotations(source), Counter()
     rows, checked = data["annotations"], _checked(data)
     masks = not rows or any(row.get("segmentation") for row in rows)
     fields = _pack(data, checked, masks, counted)

@@ -8,12 +8,63 @@ __all__ = ['image_counts', 'require', 'Later']
 # %% ../nbs/01_counts.ipynb #71fa4b14
 import importlib
 import json
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 # %% ../nbs/01_counts.ipynb #28abbac4
+def _few(items: Iterable) -> str:
+    """The first five items as text."""
+    items = [*map(str, items)]
+    more = f", … ({len(items):,} in all)" if len(items) > 5 else ""
+    return ", ".join(items[:5]) + more
+
+# %% ../nbs/01_counts.ipynb #c22a1c65
+def _get_id(row):
+    return row.get("id") if isinstance(row, dict) else None
+
+
+def _by_id(rows: list[dict], kind: str) -> dict[int, dict]:
+    """Rows by their ids; raise for an id that is no whole number, or there twice."""
+    if wrong := [r for r in rows if not isinstance(_get_id(r), Integral)]:
+        raise ValueError(f"{kind}: rows without a whole 'id': {_few(wrong)}")
+    if twice := [i for i, n in Counter(r["id"] for r in rows).items() if n > 1]:
+        raise ValueError(f"{kind}: ids that stand there twice: {_few(twice)}")
+    return {row["id"]: row for row in rows}
+
+# %% ../nbs/01_counts.ipynb #6b7c5d71
+def _check_listed(who: str, ids: Iterable, listed: dict, kind: str) -> None:
+    ids = [*ids]
+    with suppress(TypeError):  # what cannot be hashed is not listed
+        if listed.keys() >= {*ids}:
+            return
+    unknown = {str(i) for i in ids if not (isinstance(i, Real) and i in listed)}
+    which = _few(sorted(unknown))
+    raise ValueError(f"{who}: {kind} that are not listed: {which}")
+
+# %% ../nbs/01_counts.ipynb #8248e3bc
+def _check_file(source: Any) -> None:
+    """Raise ValueError for a list that is missing, or rows that do not fit together."""
+    if not isinstance(source, dict):
+        raise ValueError(f"holds a {type(source).__name__}, expected a dict of lists")
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(source.get(key), list):
+            raise ValueError(f"source must hold a list {key!r}, got {sorted(source)}")
+        if not source[key] and key != "annotations":
+            raise ValueError(f"source must list some {key}, got an empty list")
+    rows = source["annotations"]
+    for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        ids = _by_id(source[kind], kind)
+        if wrong := [r for r in rows if not (isinstance(r, dict) and key in r)]:
+            raise ValueError(f"annotations: rows without {key!r}: {_few(wrong)}")
+        _check_listed("annotations", (row[key] for row in rows), ids, f"{key}s")
+
+# %% ../nbs/01_counts.ipynb #59c87de0
 def _read_json(path: str | PathLike) -> Any:
     """What a json file holds; ValueError names one that is none."""
     try:
@@ -23,17 +74,19 @@ def _read_json(path: str | PathLike) -> Any:
 
 
 def _read_annotations(source: str | PathLike | dict) -> dict:
-    """Read an LVIS or COCO json and check that its three lists are there."""
-    if isinstance(source, (str, PathLike)):
-        source = _read_json(source)
-    if not isinstance(source, dict):
-        raise TypeError(f"source must be a path or a dict, got {type(source).__name__}")
-    for key in ("images", "categories", "annotations"):
-        if not isinstance(source.get(key), list):
-            raise ValueError(f"source must hold a list {key!r}, got {sorted(source)}")
-        if not source[key] and key != "annotations":
-            raise ValueError(f"source must list some {key}, got an empty list")
-    return source
+    """Read an LVIS or COCO json and check it; an error names the file."""
+    if not isinstance(source, (str, PathLike)):
+        if not isinstance(source, dict):
+            kind = type(source).__name__
+            raise TypeError(f"source must be a path or a dict, got {kind}")
+        _check_file(source)
+        return source
+    data = _read_json(source)
+    try:
+        _check_file(data)
+    except ValueError as error:
+        raise ValueError(f"{source}: not an annotation file ({error})") from error
+    return data
 
 # %% ../nbs/01_counts.ipynb #29377920
 def image_counts(source: str | PathLike | dict) -> dict[int, int]:
@@ -41,19 +94,14 @@ def image_counts(source: str | PathLike | dict) -> dict[int, int]:
 
     `source`: a path or the loaded dict. An image counts once, however many
     instances it shows; crowd regions count too. Returns images per category id,
-    ids rising. Raises ValueError for a missing list, an id listed twice, or an
-    annotation whose image or category is not listed; TypeError for another source.
+    ids rising. Raises ValueError, naming the file, for a missing list, a row without
+    a whole id, an id listed twice, or an annotation whose image or category is not
+    listed; TypeError for another source.
     """
     source = _read_annotations(source)
-    images = {image["id"] for image in source["images"]}
     counts = dict.fromkeys(sorted(c["id"] for c in source["categories"]), 0)
-    for key, ids in (("images", images), ("categories", counts)):
-        if len(ids) < len(source[key]):
-            raise ValueError(f"source must list each id of {key} once")
     pairs = {(a["image_id"], a["category_id"]) for a in source["annotations"]}
-    for image, category in pairs:
-        if image not in images or category not in counts:
-            raise ValueError(f"source annotates {image=}, {category=}: not listed")
+    for _, category in pairs:
         counts[category] += 1
     return counts
 

@@ -57,8 +57,8 @@ def _source(source: Any, masks: bool) -> dict:
         source = read_lists(source, _WANTED | rows)
     try:
         image_counts(source)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{who}{error!r}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{who}{error}") from error
     return source
 
 # %% ../nbs/10_evaluation.ipynb #63cbe2c1

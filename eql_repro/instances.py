@@ -26,11 +26,11 @@ from eql_repro.annotations import (
     _SETS,
     Annotations,
     Record,
-    _few,
     clip_box,
     decode_mask,
     read_annotations,
 )
+from .counts import _few
 from .fetch import IMAGES, SOURCES, count_images, find_part
 from .longtail import _choose
 

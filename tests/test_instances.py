@@ -67,7 +67,7 @@ def read_quietly(truth):
         ("categories", {"id": 9, "name": "x"}, "categories: .* twice: 9"),
         ("annotations", {"id": 1}, "annotations: .* twice: 1"),
         ("annotations", {"id": None}, "without a whole 'id'"),
-        ("annotations", 7, "without a whole 'id'"),
+        ("annotations", 7, "rows without 'image_id': 7"),
         ("annotations", {"image_id": 6}, "image_ids that are not listed: 6"),
         ("annotations", {"image_id": [1]}, r"image_ids that are not listed: \[1\]"),
         ("annotations", {"image_id": None}, "image_ids that are not listed: None"),
@@ -123,8 +123,9 @@ def test_an_rle_that_does_not_cover_its_image_is_an_error(truth, size, counts):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', '{"images": 5}'])
 def test_an_error_names_a_file_that_is_no_annotation_file(tmp_path, text):
     (tmp_path / "cut.json").write_text(text)
-    with pytest.raises(ValueError, match="cut.json: not an annotation file"):
+    with pytest.raises(ValueError, match="cut.json: not ") as error:
         read_annotations(tmp_path / "cut.json")
+    assert str(error.value).count("cut.json") == 1
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,51 @@ def test_from_annotations_reads_a_path_and_a_dict(tmp_path):
     assert image_counts(COCO | {"annotations": []}) == {2: 0, 9: 0}
 
 
+WRONG_ROWS = {
+    "categories: rows without a whole 'id': {}": {"categories": [{}]},
+    "categories: rows without a whole 'id': {'id': 'b'}": {
+        "categories": [{"id": 1}, {"id": "b"}]
+    },
+    "images: rows without a whole 'id': 1, 2": {"images": [1, 2]},
+    "images: ids that stand there twice: 5": {"images": [{"id": 5}] * 2},
+    "annotations: rows without 'image_id': {'category_id': 9}": {
+        "annotations": [{"category_id": 9}]
+    },
+    "annotations: rows without 'category_id': {'image_id': 10}": {
+        "annotations": [{"image_id": 10}]
+    },
+    "annotations: rows without 'image_id': [10, 9]": {"annotations": [[10, 9]]},
+    "image_ids that are not listed: [10]": {
+        "annotations": [{"image_id": [10], "category_id": 9}]
+    },
+    "category_ids that are not listed: 8": {
+        "annotations": [{"image_id": 10, "category_id": 8}]
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ROWS)
+@pytest.mark.parametrize("read", [image_counts, ClassFrequency.from_annotations])
+def test_a_wrong_row_is_named_and_its_file_once(tmp_path, message, read):
+    file, source = tmp_path / "mine.json", COCO | WRONG_ROWS[message]
+    file.write_text(json.dumps(source))
+    for given in (source, file):
+        with pytest.raises(ValueError) as error:
+            read(given)
+        assert message in str(error.value)
+    assert str(error.value).count(str(file)) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '"x.json"', "{", "{}"])
+def test_a_file_that_is_no_annotation_file_is_named_once(tmp_path, text):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(ValueError) as error:
+        image_counts(file)
+    assert str(error.value).startswith(f"{file}: not ")
+    assert str(error.value).count(str(file)) == 1
+
+
 @pytest.mark.parametrize("counts", [[3, 1], (3, 1), np.array([3, 1]), np.ones(2)])
 def test_counts_may_be_any_sequence(counts):
     assert ClassFrequency(counts, total=4).counts.tolist() == [int(c) for c in counts]
@@ -169,17 +214,17 @@ ERRORS = {
     "stranger": (
         lambda: image_counts(COCO | {"categories": [{"id": 2}]}),
         ValueError,
-        "category=9",
+        "category_ids that are not listed: 9",
     ),
     "stranger image": (
         lambda: image_counts(COCO | {"images": COCO["images"][:1]}),
         ValueError,
-        "image=.*not listed",
+        "image_ids that are not listed: 20",
     ),
     "twice": (
         lambda: image_counts(COCO | {"images": COCO["images"] * 2}),
         ValueError,
-        "images once",
+        "images: ids that stand there twice",
     ),
     "a list": (lambda: ClassFrequency.from_annotations([]), TypeError, "source.*list"),
     "counts as f": (lambda: tail_of(torch.tensor([3]), 1), TypeError, "frequency"),
