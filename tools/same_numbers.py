@@ -4,9 +4,10 @@ Usage: python tools/same_numbers.py COMMIT [RECIPE ...] [--iterations 50] [--wor
 
 Each recipe (default: all with records) whose code differs between COMMIT and this tree
 is trained by both, with seed 0 and one thread, for at most the given iterations; its
-schedule is shortened with it. Where weights and results are equal to the last bit, a
-row in records/same_numbers.csv says so, and the records keep counting as today's code.
-Heads need their detector's finished run in WORK/runs. Commit the change before.
+schedule is shortened with it, and it is evaluated once. Where weights and results are
+equal to the last bit, a row in records/same_numbers.csv says so, and the records keep
+counting as today's code. Heads need their detector's finished run in WORK/runs. Commit
+the change before.
 """
 
 import argparse
@@ -27,6 +28,7 @@ FIELDS = ("recipe", "before", "after", "commit", "iterations")
 RESULTS = ("metrics", "per_class", "calibration", "curves", "examples")
 CHILD = """\
 import sys
+from dataclasses import replace
 from eql_repro.recipe import run_source, short
 from eql_repro.recipes import RECIPES
 from eql_repro.training import train
@@ -35,7 +37,7 @@ if not out:
     print(run_source(recipe))
 else:
     small = short(recipe, iterations) if iterations < recipe.iterations else recipe
-    print(train([(small, 0)], out, force=True)[0])
+    print(train([(replace(small, evaluations=1), 0)], out, force=True)[0])
 """
 
 
