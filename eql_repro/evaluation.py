@@ -20,14 +20,7 @@ from numpy.typing import ArrayLike
 
 from .counts import image_counts, require
 from .detections import read_detections, read_lists, row_numbers
-
-# %% ../nbs/10_evaluation.ipynb #3eef1641
-def _mask(mask: Any, who: str, size: list[int]) -> dict | list:
-    if not mask or not isinstance(mask, (dict, list)):
-        raise ValueError(f"{who} must hold segmentation, RLE or polygons, got {mask!r}")
-    if isinstance(mask, dict) and [*mask.get("size", ())] != size:
-        raise ValueError(f"{who}: mask is {mask.get('size')}, its image {size}")
-    return mask
+from .encoded_masks import check_masks
 
 # %% ../nbs/10_evaluation.ipynb #8bfbf47e
 def _fields(row: dict, kind: str, *names: str) -> dict:
@@ -62,14 +55,14 @@ def _source(source: Any, masks: bool) -> dict:
     return source
 
 # %% ../nbs/10_evaluation.ipynb #63cbe2c1
-def _annotation(row: dict, sizes: Mapping[int, list], masks: bool) -> dict:
+def _annotation(row: dict, masks: bool) -> dict:
     who = f"ground_truth: annotation {row.get('id')!r}"
     if row.get("iscrowd") or row.get("ignore"):
         raise ValueError(f"{who} is a crowd or to be ignored, which LVIS has not")
     image, *box, area, category = row_numbers(row, who, "area")
     new = {"image_id": image, "category_id": category, "bbox": box, "area": area}
     if masks:
-        new["segmentation"] = _mask(row.get("segmentation"), who, sizes[image])
+        new["segmentation"] = row.get("segmentation")
     return new
 
 # %% ../nbs/10_evaluation.ipynb #d6f7bf74
@@ -84,7 +77,13 @@ def _read_truth(source: Any, masks: bool) -> dict[str, list[dict]]:
         raise ValueError(f"ground_truth: frequency must be r, c or f, got {unknown}")
     categories.sort(key=lambda row: row["id"])
     sizes = {row["id"]: [row[side] for side in sides] for row in images}
-    rows = [_annotation(row, sizes, masks) for row in source["annotations"]]
+    given = source["annotations"]
+    rows = [_annotation(row, masks) for row in given]
+    if masks:
+        shapes = [row["segmentation"] for row in rows]
+        own = [sizes[row["image_id"]] for row in rows]
+        name = "ground_truth: annotation {!r}".format
+        check_masks(shapes, own, lambda n: name(given[n].get("id")))
     rows = [{"id": n} | r for n, r in enumerate((r for r in rows if r["area"] > 0), 1)]
     return {"images": images, "categories": categories, "annotations": rows}
 
@@ -116,8 +115,9 @@ def _read_detections(source: Any, truth: dict, masks: bool) -> tuple[np.ndarray,
         n = int(unknown.argmax())
         ids = f"image_id {table[n, 0]:.0f} or category_id {table[n, 6]:.0f}"
         raise ValueError(f"detections: {ids} of row {n} is not in ground_truth")
-    for n, (shape, own) in enumerate(zip(shapes, table[:, 0], strict=masks)):
-        _mask(shape, f"detections: row {n}", sizes[own])
+    if masks:
+        own = [sizes[image_id] for image_id in table[:, 0].tolist()]
+        check_masks(shapes, own, "detections: row {}".format)
     kept = _kept(table, image)
     return (table, shapes) if kept.all() else (table[kept], [*compress(shapes, kept)])
 
