@@ -504,6 +504,24 @@ def test_wrong_ground_truth(key, change, message):
         evaluate_lvis(truth, [guess()])
 
 
+def test_drawn_negatives_need_no_lists():
+    truth, rows = one_object(), [guess(), guess(2, box=AWAY)]
+    expected = evaluate_lvis(truth, rows, negatives=1)
+    for lists in ("neg_category_ids", "not_exhaustive_category_ids"):
+        del truth["images"][0][lists]
+        assert repr(evaluate_lvis(truth, rows, negatives=1)) == repr(expected)
+        with pytest.raises(ValueError, match=r"image 5 has no \['neg_category_ids'"):
+            evaluate_lvis(truth, rows)
+    assert len(per_class_frame(truth, expected)) == 2
+
+
+@pytest.mark.parametrize("negatives", [1.5, "2", [1]])
+def test_negatives_are_a_whole_number(negatives):
+    with pytest.raises(TypeError, match="negatives: got .*whole number"):
+        evaluate_lvis(one_object(), [guess()], negatives=negatives)
+    assert evaluate_lvis(one_object(), [guess()], negatives=np.int64(1))
+
+
 def test_wrong_sources_and_options(tmp_path):
     truth, rows = one_object(), [guess()]
     with pytest.raises(ValueError, match="ground_truth: .*images"):
