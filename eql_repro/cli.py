@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not usage and not isinstance(error, EXPECTED):
             raise
         message = usage() if usage else str(error)
-        print("eql:", " ".join(message.split()), file=sys.stderr)
+        if message or not usage:  # none where the help was printed
+            print("eql:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
 
 # %% ../nbs/18_cli.ipynb #77a1da85

@@ -106,9 +106,11 @@ def predict(
     folder: Annotated[Path, typer.Argument(help="a finished detection run")],
     images: Annotated[list[Path], typer.Argument(help="image files")],
     out: Annotated[Path, typer.Option(help="a new folder")] = Path("predictions"),
-    threshold: Annotated[float, typer.Option(help="smallest score drawn")] = 0.3,
+    threshold: Annotated[
+        float, typer.Option(help="smallest score drawn, 0 to 1")
+    ] = 0.3,
 ) -> None:
-    """Search photographs: detections as json lines, and a picture of each image."""
+    """Search photographs: all detections as json lines, a picture of each image."""
     print(require("eql_repro.predict").predict(folder, images, out, threshold))
 
 # %% ../nbs/17_commands.ipynb #162344cf

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress, pairwise
 from logging import getLogger
+from numbers import Integral
 from os import PathLike
 from typing import Any
 from unittest.mock import patch
@@ -20,14 +21,7 @@ from numpy.typing import ArrayLike
 
 from .counts import image_counts, require
 from .detections import read_detections, read_lists, row_numbers
-
-# %% ../nbs/10_evaluation.ipynb #3eef1641
-def _mask(mask: Any, who: str, size: list[int]) -> dict | list:
-    if not mask or not isinstance(mask, (dict, list)):
-        raise ValueError(f"{who} must hold segmentation, RLE or polygons, got {mask!r}")
-    if isinstance(mask, dict) and [*mask.get("size", ())] != size:
-        raise ValueError(f"{who}: mask is {mask.get('size')}, its image {size}")
-    return mask
+from .encoded_masks import check_masks
 
 # %% ../nbs/10_evaluation.ipynb #8bfbf47e
 def _fields(row: dict, kind: str, *names: str) -> dict:
@@ -62,29 +56,42 @@ def _source(source: Any, masks: bool) -> dict:
     return source
 
 # %% ../nbs/10_evaluation.ipynb #63cbe2c1
-def _annotation(row: dict, sizes: Mapping[int, list], masks: bool) -> dict:
+def _annotation(row: dict, masks: bool) -> dict:
     who = f"ground_truth: annotation {row.get('id')!r}"
     if row.get("iscrowd") or row.get("ignore"):
         raise ValueError(f"{who} is a crowd or to be ignored, which LVIS has not")
     image, *box, area, category = row_numbers(row, who, "area")
     new = {"image_id": image, "category_id": category, "bbox": box, "area": area}
     if masks:
-        new["segmentation"] = _mask(row.get("segmentation"), who, sizes[image])
+        new["segmentation"] = row.get("segmentation")
     return new
 
 # %% ../nbs/10_evaluation.ipynb #d6f7bf74
-def _read_truth(source: Any, masks: bool) -> dict[str, list[dict]]:
-    """What evaluation reads, in fresh rows; categories by rising id."""
+def _read_truth(source: Any, masks: bool, lists: bool = True) -> dict[str, list[dict]]:
+    """What evaluation reads, in fresh rows; categories by rising id.
+
+    lists: whether an image must have both lists; absent ones are [] otherwise.
+    """
     source, sides = _source(source, masks), ("height", "width") if masks else ()
-    names = "id", "neg_category_ids", "not_exhaustive_category_ids", *sides
-    images = [_fields(row, "image", *names) for row in source["images"]]
+    both = "neg_category_ids", "not_exhaustive_category_ids"
+    images = [
+        _fields(r, "image", "id", *both[: 2 * lists], *sides) for r in source["images"]
+    ]
+    for image, row in zip(images, source["images"], strict=True):
+        image |= {key: row.get(key) or [] for key in both}
     names = "id", "name", "frequency"
     categories = [_fields(row, "category", *names) for row in source["categories"]]
     if unknown := {c["frequency"] for c in categories} - set("rcf"):
         raise ValueError(f"ground_truth: frequency must be r, c or f, got {unknown}")
     categories.sort(key=lambda row: row["id"])
     sizes = {row["id"]: [row[side] for side in sides] for row in images}
-    rows = [_annotation(row, sizes, masks) for row in source["annotations"]]
+    given = source["annotations"]
+    rows = [_annotation(row, masks) for row in given]
+    if masks:
+        shapes = [row["segmentation"] for row in rows]
+        own = [sizes[row["image_id"]] for row in rows]
+        name = "ground_truth: annotation {!r}".format
+        check_masks(shapes, own, lambda n: name(given[n].get("id")))
     rows = [{"id": n} | r for n, r in enumerate((r for r in rows if r["area"] > 0), 1)]
     return {"images": images, "categories": categories, "annotations": rows}
 
@@ -116,8 +123,9 @@ def _read_detections(source: Any, truth: dict, masks: bool) -> tuple[np.ndarray,
         n = int(unknown.argmax())
         ids = f"image_id {table[n, 0]:.0f} or category_id {table[n, 6]:.0f}"
         raise ValueError(f"detections: {ids} of row {n} is not in ground_truth")
-    for n, (shape, own) in enumerate(zip(shapes, table[:, 0], strict=masks)):
-        _mask(shape, f"detections: row {n}", sizes[own])
+    if masks:
+        own = [sizes[image_id] for image_id in table[:, 0].tolist()]
+        check_masks(shapes, own, "detections: row {}".format)
     kept = _kept(table, image)
     return (table, shapes) if kept.all() else (table[kept], [*compress(shapes, kept)])
 
@@ -193,11 +201,13 @@ def _summary(precision: np.ndarray, categories: list[dict]) -> dict[str, Any]:
     return result
 
 # %% ../nbs/10_evaluation.ipynb #da8aff49
-def _read(ground_truth: Any, detections: Any, iou_types: Sequence[str]) -> tuple:
+def _read(
+    ground_truth: Any, detections: Any, iou_types: Sequence[str], lists: bool = True
+) -> tuple:
     if isinstance(iou_types, str) or not {*iou_types} <= {"bbox", "segm"}:
         raise ValueError(f"iou_types: got {iou_types!r}, expected some of bbox, segm")
     masks = "segm" in iou_types
-    truth = _read_truth(ground_truth, masks)
+    truth = _read_truth(ground_truth, masks, lists)
     return truth, *_read_detections(detections, truth, masks)
 
 
@@ -242,17 +252,21 @@ def evaluate_lvis(
     pixels, score and, for "segm", segmentation (RLE or polygons) as list, json file or
     .jsonl file; iou_types: "bbox", "segm" or both; engine: "hotcoco", or "lvis", the
     reference; negatives: categories of an image, other than those it shows, in which
-    a false detection counts, drawn anew; None takes those of the ground truth.
+    a false detection counts, drawn anew, and the lists of the ground truth may be
+    absent; None takes them.
 
     Returns for each IoU type AP, AP50, AP75, APs, APm, APl, APr, APc, APf and
     per_class {category id: AP}, NaN where no object is. No argument is changed. Raises
-    ValueError for an unknown option, a missing field or id, or a number not finite.
+    ValueError for an unknown option, a missing field or id, or a number not finite;
+    TypeError for negatives of another type.
     """
     if engine not in _ENGINES:
         raise ValueError(f"engine: got {engine!r}, expected one of {[*_ENGINES]}")
-    if negatives is not None and not negatives >= 0:
+    if not isinstance(negatives, (Integral, type(None))):
+        raise TypeError(f"negatives: got {negatives!r}, expected a whole number")
+    if negatives is not None and negatives < 0:
         raise ValueError(f"negatives: got {negatives!r}, expected at least 0")
-    truth, table, masks = _read(ground_truth, detections, iou_types)
+    truth, table, masks = _read(ground_truth, detections, iou_types, negatives is None)
     if negatives is not None:
         truth["images"] = _negatives(truth, negatives)
     return {
@@ -281,7 +295,7 @@ def per_class_frame(ground_truth: Any, results: Mapping[str, Mapping[str, Any]])
     category_id, name, frequency, images and instances in the ground truth, AP_bbox and
     AP_segm as fractions.
     """
-    truth = _read_truth(ground_truth, masks=False)
+    truth = _read_truth(ground_truth, masks=False, lists=False)
     instances = Counter(row["category_id"] for row in truth["annotations"])
     frame = require("pandas").DataFrame(truth["categories"])
     frame = frame.rename(columns={"id": "category_id"})

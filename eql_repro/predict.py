@@ -58,6 +58,15 @@ def listed(images: Sequence[Path], names: dict[int, str]) -> dict[str, list[dict
         "categories": [{"id": i, "name": name} for i, name in names.items()],
     }
 
+# %% ../nbs/17_predict.ipynb #78f65b88
+def _files(images: Sequence[str | Path]) -> list[Path]:
+    """Paths; ValueError for none, or for pictures of the same name."""
+    images = [Path(image) for image in images]
+    if not images or len({image.stem for image in images}) < len(images):
+        wanted = "files of different names"
+        raise ValueError(f"images: got {len(images)}, expected {wanted}")
+    return images
+
 # %% ../nbs/17_predict.ipynb #c1b72664
 def predict(
     folder: str | Path,
@@ -68,18 +77,16 @@ def predict(
     """Search image files with a finished detector; returns the file of detections.
 
     out: a new folder for `predictions.jsonl`, `images.json` and a picture of each
-    image; threshold: smallest score.
-    Raises ValueError for a run of a classifier, an empty list or an image twice,
-    OSError for a file that is no image, FileExistsError where out exists.
+    image; threshold: smallest score drawn, in [0, 1]; the file has all detections.
+    Raises ValueError for a run of a classifier, another threshold, an empty list or an
+    image twice, OSError for a file that is no image, FileExistsError where out exists.
     """
+    if not 0 <= threshold <= 1:  # true for nan
+        raise ValueError(f"threshold: got {threshold}, expected a score in [0, 1]")
     model, recipe = load_run(folder)
     if TASKS[recipe.data] is not Detection:
         raise ValueError(f"folder: {recipe.name!r} is not a detector")
-    images = [Path(image) for image in images]
-    if not images or len({image.stem for image in images}) < len(images):
-        raise ValueError(
-            f"images: got {len(images)}, expected files of different names"
-        )
+    images = _files(images)
     pixels = [read_image(image) for image in images]  # all are read before the work
     out, names = Path(out), categories_of(folder)
     accelerator = make_accelerator(recipe.precision)
@@ -88,8 +95,9 @@ def predict(
     write_json(out / "images.json", listed(images, names))
     with accelerator.autocast(), DetectionWriter(out / "predictions.jsonl") as writer:
         for number, (path, image) in enumerate(zip(images, pixels, strict=True)):
-            writer.write(rows := search(model, image, number, threshold, [*names]))
-            draw(image, rows, names, out / f"{path.stem}.png")
+            writer.write(rows := search(model, image, number, 0, [*names]))
+            drawn = [row for row in rows if row["score"] >= threshold]
+            draw(image, drawn, names, out / f"{path.stem}.png")
     return out / "predictions.jsonl"
 
 # %% ../nbs/17_predict.ipynb #45a9c817

@@ -152,6 +152,21 @@ def test_options_that_do_not_apply_are_refused(tmp_path, capsys):
     assert "device: got 'gpu'" in error_of(capsys, "bench", "losses", "--device", "gpu")
 
 
+@pytest.mark.parametrize("group", [[], ["data"], ["scenes"]])
+def test_a_group_alone_prints_its_help_and_no_error(capsys, group):
+    with pytest.raises(SystemExit) as end:
+        main(group)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and "Usage:" in out + err
+    assert not [line for line in err.splitlines() if line.startswith("eql:")]
+
+
+def test_predict_checks_its_threshold_first(tmp_path, capsys):
+    for threshold in ("1.5", "-0.1", "nan"):
+        said = error_of(capsys, "predict", "no_run", "a.png", "--threshold", threshold)
+        assert said.startswith(f"eql: threshold: got {threshold}, expected a score")
+
+
 def test_recipes_are_listed_outside_a_clone(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("EQL_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)

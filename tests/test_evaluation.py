@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from eql_repro import evaluation
+from eql_repro import encoded_masks, evaluation
 from eql_repro.detections import (
     DetectionWriter,
     detections_from,
@@ -332,6 +332,53 @@ def test_an_annotation_with_id_0_can_be_matched(engine):
 # Where files come from
 
 
+SHAPES = {
+    "???": {"counts": "???"},
+    "empty": {"counts": ""},
+    "cut": {"counts": "P"},
+    "no text of an RLE": {"counts": "!é"},
+    "bytes": {"counts": b"???"},
+    "15 pixels": {"counts": [10, 5]},
+    "fractions": {"counts": [10.0, 90.0]},
+    "negative": {"counts": [110, -10]},
+    "none": {"counts": None},
+    "two numbers": [[1, 2]],
+    "four numbers": [[1, 2, 3, 4]],
+    "seven numbers": [[1, 2, 3, 4, 5, 6, 7]],
+    "flat": [1, 2, 3, 4, 5, 6],
+    "nothing": [[]],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("file", [True, False])
+def test_a_broken_mask_is_no_empty_one(tmp_path, name, file):
+    shape, size = SHAPES[name], {"size": [SIDE, SIDE]}
+    mask = {"segmentation": size | shape if isinstance(shape, dict) else shape}
+    truth, rows = one_object(), [guess(), guess() | mask]
+    if file and name != "bytes":
+        rows = tmp_path / "rows.json"
+        rows.write_text(json.dumps([guess(), guess() | mask]))
+    with pytest.raises(
+        ValueError, match=r"^detections: row 1 must hold (polygons|counts)"
+    ):
+        evaluate_lvis(truth, rows)
+    assert evaluate_lvis(truth, rows, ["bbox"])["bbox"]["AP"] > 0.99
+    truth["annotations"][0] |= mask
+    with pytest.raises(ValueError, match="annotation 1 must hold (polygons|counts)"):
+        evaluate_lvis(truth, [guess()])
+
+
+def test_pixels_of_compressed_masks_are_those_of_their_images():
+    rng = np.random.default_rng(0)
+    for batch in (1, 7, 300):
+        sizes = rng.integers(1, 90, (batch, 2))
+        fields = [rng.random(s) < rng.choice([0, 0.01, 0.5, 1]) for s in sizes]
+        masks = [coco.encode(np.asfortranarray(f.astype(np.uint8))) for f in fields]
+        texts = [mask["counts"] for mask in masks]
+        assert encoded_masks._pixels(texts).tolist() == sizes.prod(1).tolist()
+
+
 def test_sources_are_alike_and_stay_as_they_are(tmp_path):
     rng = np.random.default_rng(2)
     truth = made_truth(rng, images=6)
@@ -420,8 +467,14 @@ def test_a_killed_writer_leaves_whole_rows_and_a_clear_error(tmp_path):
         ({"category_id": 9}, "image_id 5 or category_id 9 of row 1"),
         ({"segmentation": None}, "row 1 must hold segmentation"),
         ({"segmentation": 5}, "row 1 must hold segmentation"),
-        ({"segmentation": {"counts": "ab"}}, "row 1: mask is None, its image"),
-        ({"segmentation": {"size": [3, 3], "counts": ""}}, r"row 1: mask is \[3, 3\]"),
+        (
+            {"segmentation": {"counts": "ab"}},
+            r"row 1 must hold an RLE of size .*, got None",
+        ),
+        (
+            {"segmentation": {"size": [3, 3], "counts": ""}},
+            r"row 1 must hold an RLE of size .*, got \[3, 3\]",
+        ),
     ],
 )
 def test_wrong_detections(change, message):
@@ -449,6 +502,24 @@ def test_wrong_ground_truth(key, change, message):
     truth[key][0] |= change
     with pytest.raises(ValueError, match=f"ground_truth: .*{message}"):
         evaluate_lvis(truth, [guess()])
+
+
+def test_drawn_negatives_need_no_lists():
+    truth, rows = one_object(), [guess(), guess(2, box=AWAY)]
+    expected = evaluate_lvis(truth, rows, negatives=1)
+    for lists in ("neg_category_ids", "not_exhaustive_category_ids"):
+        del truth["images"][0][lists]
+        assert repr(evaluate_lvis(truth, rows, negatives=1)) == repr(expected)
+        with pytest.raises(ValueError, match=r"image 5 has no \['neg_category_ids'"):
+            evaluate_lvis(truth, rows)
+    assert len(per_class_frame(truth, expected)) == 2
+
+
+@pytest.mark.parametrize("negatives", [1.5, "2", [1]])
+def test_negatives_are_a_whole_number(negatives):
+    with pytest.raises(TypeError, match="negatives: got .*whole number"):
+        evaluate_lvis(one_object(), [guess()], negatives=negatives)
+    assert evaluate_lvis(one_object(), [guess()], negatives=np.int64(1))
 
 
 def test_wrong_sources_and_options(tmp_path):
