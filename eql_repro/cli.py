@@ -187,8 +187,8 @@ def run(
     With --missing --minutes N: what `eql records --missing` lists, as far as N reach.
     """
     counts = data, workers, micro_batch, checkpoint_every, keep, tensorboard
-    if bool(recipes) == missing:
-        raise ValueError("recipes: give names, or --missing --minutes N")
+    if bool(recipes) == missing or (recipes and together != 1):
+        raise ValueError("recipes: give names, or --missing --minutes N [--together N]")
     options = training.Options(*counts)
     if missing:
         return _work_down(minutes, out, options, together)

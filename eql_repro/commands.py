@@ -68,6 +68,14 @@ def scenes_export(
     print(scenes.export_scenes(folder, scenes.Scenes(profile, split), images, force))
 
 # %% ../nbs/17_commands.ipynb #3cb7f07d
+def _measured(truth: Path, found: Path, kinds: tuple, engine: str, negatives) -> dict:
+    """APs of two files; ValueError where there are none."""
+    scores = evaluate_lvis(truth, found, kinds, engine, negatives=negatives)
+    if not (named := readable_metrics(scores)):
+        raise ValueError(f"{truth}: no object to find, so there is no AP")
+    return named
+
+# %% ../nbs/17_commands.ipynb #a1fb4560
 def _refuse(options: dict[str, object], what: str) -> None:
     """Raise ValueError naming the options that were given where none applies."""
     if given := [name for name, value in options.items() if value is not None]:
@@ -96,8 +104,7 @@ def evaluate(
     else:
         kinds = ("bbox",) if masks is False else ("bbox", "segm")
         files = ground_truth, detections, kinds, engine or "hotcoco"
-        scores = evaluate_lvis(*files, negatives=negatives)
-        found = readable_metrics(scores)
+        found = _measured(*files, negatives)
     for name, value in found.items():
         print(f"{name:>10} {100 * value:6.2f}")
 

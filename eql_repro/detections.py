@@ -294,11 +294,14 @@ def merge_detections(paths: Iterable[str | PathLike], out: str | PathLike) -> in
 
     Of an image that comes again, in the same file or in another, only the first block
     of successive rows is kept. Memory holds image ids alone. Raises ValueError if `out`
-    is among the paths, or for a line that is no JSON or lacks a field.
+    is among the paths, or for a line that is no JSON or lacks a field; OSError for a
+    path that cannot be read, and `out` stays as it was.
     """
     paths, out = [_lines(path) for path in paths], _lines(out)
     if out.resolve() in [path.resolve() for path in paths]:
         raise ValueError(f"out: {str(out)!r} is one of the files to merge")
+    for path in paths:  # before `out` is made or replaced
+        path.open("rb").close()
     seen, kept = set(), 0
     with DetectionWriter(out) as writer:
         for path in paths:

@@ -150,6 +150,20 @@ def test_options_that_do_not_apply_are_refused(tmp_path, capsys):
     files = "--ground-truth", "a.json", "--detections", "b.json"
     assert "--data: not for" in error_of(capsys, "evaluate", *files, "--data", "x")
     assert "device: got 'gpu'" in error_of(capsys, "bench", "losses", "--device", "gpu")
+    said = error_of(capsys, "run", "quickstart_eql", "--together", 3)
+    assert "give names, or --missing --minutes N [--together N]" in said
+
+
+def test_an_evaluation_without_objects_says_so(tmp_path, capsys):
+    pytest.importorskip("hotcoco", reason="needs eql_repro[run]")
+    lists = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    truth = {"images": [{"id": 1} | lists], "annotations": []}
+    truth["categories"] = [{"id": 1, "name": "cat", "frequency": "r"}]
+    files = [tmp_path / name for name in ("truth.json", "found.json")]
+    for file, content in zip(files, (truth, []), strict=True):
+        file.write_text(json.dumps(content))
+    options = "--ground-truth", files[0], "--detections", files[1], "--no-masks"
+    assert f"{files[0]}: no object to find" in error_of(capsys, "evaluate", *options)
 
 
 @pytest.mark.parametrize("group", [[], ["data"], ["scenes"]])

@@ -419,6 +419,17 @@ def test_shards_merge_to_the_whole(made, tmp_path):
     assert repr(evaluate_lvis(truth, merged)) == repr(evaluate_lvis(truth, rows))
 
 
+def test_a_missing_shard_leaves_the_joined_file_as_it_was(tmp_path):
+    out, shard = tmp_path / "out.jsonl", tmp_path / "shard.jsonl"
+    shard.write_text("")
+    for before in (None, "before"):
+        if before:
+            out.write_text(before)
+        with pytest.raises(FileNotFoundError, match="missing.jsonl"):
+            merge_detections([shard, tmp_path / "missing.jsonl"], out)
+        assert (out.read_text() if out.exists() else None) == before
+
+
 def test_writing_and_merging_take_little_memory(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     tracemalloc.start()
