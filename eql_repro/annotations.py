@@ -168,7 +168,7 @@ def _is_beside(row: dict) -> bool:
 
 # %% ../nbs/08_annotations.ipynb #94679067
 class Record(NamedTuple):
-    """One image of a file, in rows as the file has them."""
+    """One image of a file; its rows have a segmentation where masks were read."""
 
     image: dict
     annotations: list[dict]  # what training sees
@@ -200,6 +200,8 @@ def _record(image: dict, rows: list[dict], masks: bool, counted: Counter) -> Rec
         row = {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row}
         if masks:
             row["segmentation"] = _shape(row, record.size, counted)
+        else:
+            row.pop("segmentation", None)
         empty = masks and not row["segmentation"]
         reason = "skipped empty segmentations" if empty else _reason(row, record.size)
         counted[reason] += 1
@@ -255,7 +257,7 @@ class Annotations:
     sizes: Tensor  # int64 [I, 2], height and width
     image_classes: list[list[int]]  # labels that training sees in each image, rising
     frequency: ClassFrequency  # counted over all images; crowds count too
-    has_masks: bool
+    has_masks: bool  # whether segmentations were read
     num_annotations: int  # in the file
     counted: dict[str, int]  # what was skipped or looks wrong, and how often
 
@@ -268,16 +270,20 @@ class Annotations:
         return self.sizes[:, 1] / self.sizes[:, 0].double()
 
 # %% ../nbs/08_annotations.ipynb #252e44ce
-def read_annotations(source: str | PathLike | dict) -> Annotations:
+def read_annotations(
+    source: str | PathLike | dict, *, masks: bool = True
+) -> Annotations:
     """Read an LVIS v0.5, LVIS v1 or COCO-format json, and check all of it.
 
-    `source`: a path, or the loaded dict, which is not changed. Warns once per kind of
-    annotation that is skipped or looks wrong, with its count. Raises ValueError for a
-    file that is not whole or contradicts itself, TypeError for another source.
+    `source`: a path, or the loaded dict, which is not changed. `masks`: read the
+    segmentations, if the file has any, and skip objects without one; False: boxes
+    alone. Warns once per kind of annotation that is skipped or looks wrong, with its
+    count. Raises ValueError for a file that is not whole or contradicts itself,
+    TypeError for another source.
     """
     data, counted = _read_annotations(source), Counter()
     rows, checked = data["annotations"], _checked(data)
-    masks = not rows or any(row.get("segmentation") for row in rows)
+    masks = masks and (not rows or any(row.get("segmentation") for row in rows))
     fields = _pack(data, checked, masks, counted)
     fields["frequency"] = ClassFrequency.from_annotations(data)
     counted = {kind: count for kind, count in counted.items() if kind and count}

@@ -129,6 +129,18 @@ def _check_missing(annotations: Annotations, paths: list, skip: bool) -> None:
             raise FileNotFoundError(f"{text}; {cure}")
         warnings.warn(f"{text}; skipped", stacklevel=3)
 
+# %% ../nbs/08_instances.ipynb #d321c8a0
+def _check_masks(annotations: Annotations, masks: bool) -> None:
+    """Raise where annotations were read for the other kind of training."""
+    skipped = annotations.counted.get("skipped empty segmentations", 0)
+    if masks and not annotations.has_masks:
+        raise ValueError("masks: the annotations have boxes only")
+    if skipped and not masks:
+        cure = "read_annotations(file, masks=False) keeps them"
+        raise ValueError(
+            f"annotations: {skipped:,} boxes without a mask skipped; {cure}"
+        )
+
 # %% ../nbs/08_instances.ipynb #e7bda04e
 def _in_use(annotations: Annotations, paths: list, keep: bool) -> list[int]:
     """Positions of the images that are there and wanted."""
@@ -153,9 +165,10 @@ class InstanceSet(Dataset):
     """Images with boxes, labels and masks for torchvision's detectors.
 
     `annotations`: from `read_annotations`, or what that takes; `folders`: one or
-    several, see `find_images`; `masks`: give masks too; `empty`: "keep" images without
-    usable annotations as negatives, or "drop" them; `missing`: "error" for files that
-    are not there, or "skip" them with a counted warning.
+    several, see `find_images`; `masks`: give masks too, and skip objects without one;
+    `empty`: "keep" images without usable annotations as negatives, or "drop" them;
+    `missing`: "error" for files that are not there, or "skip" them with a counted
+    warning.
 
     Item i is an image, uint8 [3, H, W], and its target: `boxes` float32 [N, 4] (x1, y1,
     x2, y2, inside the image), `labels` int64 [N] in 0 to C-1, `area` float32 [N],
@@ -180,9 +193,8 @@ class InstanceSet(Dataset):
         keep = _choose({"keep": True, "drop": False}, empty, "empty")
         skip = _choose({"error": False, "skip": True}, missing, "missing")
         if not isinstance(annotations, Annotations):
-            annotations = read_annotations(annotations)
-        if masks and not annotations.has_masks:
-            raise ValueError("masks: the annotations have boxes only")
+            annotations = read_annotations(annotations, masks=masks)
+        _check_masks(annotations, masks)
         self.annotations, self.frequency = annotations, annotations.frequency
         self.paths, self.masks = find_images(annotations.files, folders), masks
         _check_missing(annotations, self.paths, skip)

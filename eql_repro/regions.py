@@ -294,8 +294,8 @@ def check_targets(
     """Raise ValueError or TypeError for targets that do not fit their images.
 
     `targets`: one dict per image with `labels` int64 [N] in [0, C), `boxes` float
-    [N, 4], xyxy, with an area, and `masks` [N, H, W]; `images`: [3, H, W]; `fields`:
-    those that must be there; `classes`: C.
+    [N, 4], xyxy, with an area, and `masks` [N, H, W] in [0, 1]; `images`: [3, H, W];
+    `fields`: those that must be there; `classes`: C.
     """
     if targets is None or len(targets) != len(images):
         raise ValueError(f"targets must be one dict for each of {len(images)} images")
@@ -315,6 +315,8 @@ def check_targets(
         if len(wrong := boxes[~good]):
             want = f"finite, x1 < x2 and y1 < y2, got {wrong[0].tolist()}"
             raise ValueError(f"targets[{i}]: boxes must be {want}")
+        if n and "masks" in fields and (top := int(target["masks"].max())) > 1:
+            raise ValueError(f"targets[{i}]: masks must be 0 and 1, got {top}")
 
 # %% ../nbs/11_regions.ipynb #e3f68f1e
 def device_generator(

@@ -317,6 +317,26 @@ def test_a_file_with_boxes_only(truth, folder):
     assert "masks" not in InstanceSet(truth, folder, masks=False)[0][1]
 
 
+@pytest.mark.parametrize("shape", [[], [[]], None, [[1, 2]]])
+def test_a_box_without_a_shape_is_an_object_where_masks_are_not_asked_for(
+    truth, folder, shape
+):
+    truth["annotations"].append(
+        truth["annotations"][0] | {"id": 77, "category_id": 4, "segmentation": shape}
+    )
+    with pytest.warns(UserWarning, match="skipped empty segmentations: 1"):
+        known = read_annotations(truth)
+        assert len(InstanceSet(known, folder)[0][1]["boxes"]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = InstanceSet(truth, folder, masks=False)
+    assert len(data[0][1]["boxes"]) == 2 == len(data.image_classes[0])
+    own = data.to_lvis()["annotations"]
+    assert {a["id"] for a in own} == {a["id"] for a in truth["annotations"]}
+    with pytest.raises(ValueError, match=r"1 boxes? without a mask.*masks=False"):
+        InstanceSet(known, folder, masks=False)
+
+
 def test_selected_items_keep_everything_in_step(truth, folder):
     truth["images"][1] |= {"width": H, "height": W}
     Image.new("RGB", (H, W)).save(folder / "train2017/000000000005.jpg")
