@@ -8,8 +8,8 @@ __all__ = ['RegionSet', 'pool_regions', 'kept_regions', 'RegionBatches', 'Region
 
 # %% ../nbs/14_heads.ipynb #4183f0bc
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,25 +60,44 @@ class RegionSet:
         return slice(int(self.start[index]), int(self.start[index + 1]))
 
 # %% ../nbs/14_heads.ipynb #5f319701
+def _proposed(model: Detector, images, targets, truth: bool) -> tuple:
+    """Feature maps and shapes, and of each image regions and labels, 0 background."""
+    plain = [{k: t[k] for k in ("boxes", "labels")} for t in targets]
+    seen, goals = model.transform(list(images), plain)
+    maps = model.backbone(seen.tensors)
+    (regions, _), boxes = model.rpn(seen, maps), [t["boxes"] for t in goals]
+    if truth:
+        regions = model.roi_heads.add_gt_proposals(regions, boxes)
+    labels = [t["labels"] + 1 for t in goals]  # torchvision: 0 is background
+    _, labels = model.roi_heads.assign_targets_to_proposals(regions, boxes, labels)
+    return maps, seen.image_sizes, regions, labels
+
+# %% ../nbs/14_heads.ipynb #0d44891a
 def _regions(model: Detector, images, targets, truth: bool) -> list[tuple]:
     """Of each image: features, labels, boxes, shifts, shape."""
-    seen, goals = model.transform(list(images), [dict(t) for t in targets])
-    maps, heads = model.backbone(seen.tensors), model.roi_heads
-    proposals, _ = model.rpn(seen, maps)
-    boxes = [t["boxes"] for t in goals]
-    if truth:
-        proposals = heads.add_gt_proposals(proposals, boxes)
-    labels = [t["labels"] + 1 for t in goals]  # torchvision: 0 is background
-    _, labels = heads.assign_targets_to_proposals(proposals, boxes, labels)
-    x = heads.box_roi_pool(maps, proposals, seen.image_sizes)
+    maps, shapes, regions, labels = _proposed(model, images, targets, truth)
+    heads = model.roi_heads
+    x, counts = heads.box_roi_pool(maps, regions, shapes), [*map(len, labels)]
     _, shifts = heads.box_predictor(heads.box_head(x))
     labels = [_from_torchvision(own, heads.num_classes) for own in labels]
-    counts = [len(p) for p in proposals]
-    parts = x.flatten(1).half().split(counts), labels, proposals, shifts.split(counts)
-    return list(zip(*parts, seen.image_sizes, strict=True))
+    parts = x.flatten(1).half().split(counts), labels, regions, shifts.split(counts)
+    return list(zip(*parts, shapes, strict=True))
 
 # %% ../nbs/14_heads.ipynb #0c905224
 @torch.no_grad()
+def _pool(data: Dataset, of_batch: Callable, batch: int) -> RegionSet:
+    """The regions of all images; of_batch: from images and targets to `_regions`."""
+    rows, ids, sizes = [], [], []
+    for images, targets in DataLoader(data, batch, collate_fn=pairs):
+        rows += of_batch(images, targets)
+        ids += [int(t["image_id"]) for t in targets]
+        sizes += [image.shape[-2:] for image in images]
+    *parts, shapes = zip(*rows, strict=True)
+    start = torch.tensor([0, *map(len, parts[1])]).cumsum(0)
+    where = torch.tensor(ids), torch.tensor(shapes), torch.tensor(sizes)
+    return RegionSet(*(torch.cat(part) for part in parts), start, *where)
+
+
 def pool_regions(
     model: Detector, data: Dataset, truth: bool, batch: int = 8
 ) -> RegionSet:
@@ -87,15 +106,7 @@ def pool_regions(
     model: with a box head; data: gives (image, target); truth: true boxes are regions
     too; batch: images at once.
     """
-    rows, ids, sizes = [], [], []
-    for images, targets in DataLoader(data, batch, collate_fn=pairs):
-        rows += _regions(model.eval(), images, targets, truth)
-        ids += [int(t["image_id"]) for t in targets]
-        sizes += [image.shape[-2:] for image in images]
-    *parts, shapes = zip(*rows, strict=True)
-    start = torch.tensor([0, *(len(own) for own in parts[1])]).cumsum(0)
-    where = torch.tensor(ids), torch.tensor(shapes), torch.tensor(sizes)
-    return RegionSet(*(torch.cat(part) for part in parts), start, *where)
+    return _pool(data, lambda *b: _regions(model.eval(), *b, truth), batch)
 
 # %% ../nbs/14_heads.ipynb #991e85af
 def _digest(path: Path) -> str:
@@ -176,14 +187,20 @@ class RegionHead(nn.Module):
         return self.cls_score(self.box_head(x))
 
 # %% ../nbs/14_heads.ipynb #25e0765e
-def build_region_head(recipe: Recipe, seed: int, loss: nn.Module) -> RegionHead:
-    """The recipe's head; its start follows from the seed."""
+def build_region_head(
+    recipe: Recipe, seed: int, loss: nn.Module, side: int = 7
+) -> RegionHead:
+    """The recipe's head; its start follows from the seed.
+
+    side: points of a region's feature map, in each direction.
+    """
     options = dict(recipe.detector_options)
     logits = num_logits(recipe.num_classes, loss)
     prior = recipe.prior if loss.activation == "sigmoid" else None
+    width = side * side * options["channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_generator(seed, 0, "network").initial_seed())
-        return RegionHead(49 * options["channels"], options["hidden"], logits, prior)
+        return RegionHead(width, options["hidden"], logits, prior)
 
 # %% ../nbs/14_heads.ipynb #21b53df6
 @torch.no_grad()

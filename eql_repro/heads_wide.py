@@ -14,18 +14,25 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from .counts import require
-from .detect import count_frequency, load_detection_data, pairs
+from .detect import count_frequency, load_detection_data
 from .detector import Detector, _from_torchvision
-from .heads import Heads, RegionHead, RegionSet, _digest, trained_detector
+from eql_repro.heads import (
+    Heads,
+    RegionHead,
+    RegionSet,
+    _digest,
+    _pool,
+    _proposed,
+    build_region_head,
+    trained_detector,
+)
 from .provenance import write_file
 from .recipe import Recipe
-from .regions import device_generator, num_logits
-from .samplers import keyed_generator
+from .regions import device_generator
 
 # %% ../nbs/14_heads_wide.ipynb #59f60cb7
 KEPT, SIDE = (12, 20), 4  # regions of objects and others; points of a feature map
@@ -50,30 +57,24 @@ def _shifts(heads: nn.Module, x: Tensor) -> Tensor:
     best = logits[:, : shifts.shape[1]].argmax(1)  # not the background of a softmax
     return shifts[torch.arange(len(x)), best][:, None]
 
-
+# %% ../nbs/14_heads_wide.ipynb #adf764e9
 def _thin(model: Detector, images, targets, classes: int, truth: bool) -> list[tuple]:
     """Of each image: features, labels, boxes, shifts, shape; see `pool_wide`."""
-    plain = [{k: t[k] for k in ("boxes", "labels")} for t in targets]
-    seen, goals = model.transform(list(images), plain)
-    maps, heads = model.backbone(seen.tensors), model.roi_heads
-    (regions, _), boxes = model.rpn(seen, maps), [t["boxes"] for t in goals]
-    if truth:
-        regions = heads.add_gt_proposals(regions, boxes)
-    labels = [t["labels"] + 1 for t in goals]  # torchvision: 0 is background
-    _, labels = heads.assign_targets_to_proposals(regions, boxes, labels)
+    maps, shapes, regions, labels = _proposed(model, images, targets, truth)
     if truth:
         for i, (own, target) in enumerate(zip(labels, targets, strict=True)):
-            kept = keep_some(own, len(boxes[i]), int(target["image_id"]))
+            kept = keep_some(own, len(target["boxes"]), int(target["image_id"]))
             regions[i], labels[i] = regions[i][kept], own[kept]
-    x, counts = heads.box_roi_pool(maps, regions, seen.image_sizes), [*map(len, labels)]
-    shifts = _shifts(heads, x) if not truth else torch.zeros(len(x), 1, 4)  # not used
-    x = F.adaptive_avg_pool2d(x, SIDE).flatten(1).half()
+    x = model.roi_heads.box_roi_pool(maps, regions, shapes)
+    unused = torch.zeros(len(x), 1, 4)  # in training
+    shifts = unused if truth else _shifts(model.roi_heads, x)
+    x = nn.functional.adaptive_avg_pool2d(x, SIDE).flatten(1).half()
     labels = [_from_torchvision(own, classes) for own in labels]
+    counts = [*map(len, labels)]
     parts = x.split(counts), labels, regions, shifts.split(counts)
-    return list(zip(*parts, seen.image_sizes, strict=True))
+    return list(zip(*parts, shapes, strict=True))
 
 # %% ../nbs/14_heads_wide.ipynb #961e705c
-@torch.no_grad()
 def pool_wide(
     model: Detector, data: Dataset, classes: int, truth: bool, batch: int = 8
 ) -> RegionSet:
@@ -83,15 +84,7 @@ def pool_wide(
     for training, true boxes are regions too and `keep_some` thins; batch: images at
     once. Features are float16 [R, 16 D] for a detector of D channels, shifts [R, 1, 4].
     """
-    rows, ids, sizes = [], [], []
-    for images, targets in DataLoader(data, batch, collate_fn=pairs):
-        rows += _thin(model.eval(), images, targets, classes, truth)
-        ids += [int(t["image_id"]) for t in targets]
-        sizes += [image.shape[-2:] for image in images]
-    *parts, shapes = zip(*rows, strict=True)
-    start = torch.tensor([0, *map(len, parts[1])]).cumsum(0)
-    where = torch.tensor(ids), torch.tensor(shapes), torch.tensor(sizes)
-    return RegionSet(*(torch.cat(part) for part in parts), start, *where)
+    return _pool(data, lambda *b: _thin(model.eval(), *b, classes, truth), batch)
 
 # %% ../nbs/14_heads_wide.ipynb #c81de4f6
 PART = 2048  # images of a file
@@ -111,7 +104,7 @@ def _join(parts: Sequence[RegionSet]) -> RegionSet:
     names = [f.name for f in fields(RegionSet) if f.name != "start"]
     whole = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
     counts = torch.cat([p.start.diff() for p in parts])
-    return RegionSet(**whole, start=F.pad(counts.cumsum(0), (1, 0)))
+    return RegionSet(**whole, start=nn.functional.pad(counts.cumsum(0), (1, 0)))
 
 # %% ../nbs/14_heads_wide.ipynb #2e44117e
 def wide_regions(
@@ -141,13 +134,7 @@ def wide_regions(
 # %% ../nbs/14_heads_wide.ipynb #0b2ef240
 def build_wide_head(recipe: Recipe, seed: int, loss: nn.Module) -> RegionHead:
     """The recipe's head; its start follows from the seed."""
-    options = dict(recipe.detector_options)
-    logits = num_logits(recipe.num_classes, loss)
-    prior = recipe.prior if loss.activation == "sigmoid" else None
-    width = SIDE * SIDE * options["channels"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_generator(seed, 0, "network").initial_seed())
-        return RegionHead(width, options["hidden"], logits, prior)
+    return build_region_head(recipe, seed, loss, SIDE)
 
 # %% ../nbs/14_heads_wide.ipynb #97b26b62
 class WideHeads(Heads):
