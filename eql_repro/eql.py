@@ -33,7 +33,11 @@ def _check_range(x: Tensor, name: str, low: int, high: int) -> None:
     """Raise for values outside [low, high]; look only where that is free."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return
-    if not ((x >= low) & (x <= high)).all():
+    try:
+        inside = bool(((x >= low) & (x <= high)).all())
+    except RuntimeError:  # under vmap a value is many
+        return
+    if not inside:
         got = f"{x.min().item():g} to {x.max().item():g}"
         raise ValueError(f"{name} must be in [{low}, {high}], got {got}")
 
@@ -120,6 +124,8 @@ def _terms(z: Tensor, target: Tensor, tail: Tensor, e_r: bool) -> Tensor:
     """Terms of Eq. 6-7, [N, C]; `e_r`: whether E(r) spares the background."""
     y = _one_hot(target, z)
     w = equalization_weights(y, tail, exclude_background=e_r)
+    if w.requires_grad:  # of soft targets or a tail that is learned
+        return w * F.binary_cross_entropy_with_logits(z, y, reduction="none")
     return F.binary_cross_entropy_with_logits(z, y, weight=w, reduction="none")
 
 # %% ../nbs/03_eql.ipynb #f5d38526
@@ -183,7 +189,7 @@ class EqualizationLoss(nn.Module):
         self.lambda_, self.reduction = _real(lambda_, "lambda_"), reduction
         self.exclude_background = exclude_background
         tail = tail_of(frequency, lambda_, threshold)
-        tail = tail if tail.dtype == torch.bool else tail.float()
+        tail = tail if tail.dtype == torch.bool else tail.detach().float()
         self.register_buffer("tail", tail, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

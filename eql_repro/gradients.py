@@ -63,7 +63,7 @@ class _Call:
 
     def __init__(self, x: Tensor, z: Tensor):
         self.x, self.z = x.detach(), z.detach()
-        self.target: Tensor | None = None
+        self.target, self.g, self.sums = None, None, 0.0  # the last: all passes so far
 
 
 def _check_classifier(classifier: nn.Module) -> nn.Module:
@@ -155,11 +155,12 @@ def _regions(a: Tensor, conv: bool) -> Tensor:
 
 
 def _split(call: _Call, g: Tensor, classifier: nn.Module, score: Callable) -> tuple:
-    """Positive rows [C, D] and logit sums [4, C] of one call."""
+    """Positive rows [C, D] and logit sums [4, C] that a pass adds for a call."""
     conv = isinstance(classifier, nn.Conv2d)
     x, z, g = (_regions(a, conv) for a in (call.x.to(call.z.dtype), call.z, g))
-    sums = logit_sums(g, score(_wide(z)), call.target)
-    return positive_rows(g, x, call.target), sums
+    call.g, before = g if call.g is None else call.g + g, call.sums
+    call.sums = logit_sums(call.g, score(_wide(z)), call.target)
+    return positive_rows(g, x, call.target), call.sums - before
 
 
 def _processes() -> int:
@@ -298,7 +299,8 @@ class GradientMeter:
     `classifier`: a trained `nn.Linear` or 1×1 `nn.Conv2d`, [C, D]; what else uses its
     weight counts as negative. `activation`: "softmax" or "sigmoid", what turns the
     logits into scores. `every`: measure each n-th step. Call `observe` between forward
-    and backward; with several processes, in each of them.
+    and backward; with several processes, in each of them. What `torch.autograd.grad`
+    asks of the weight counts like a backward pass.
     Raises ValueError or TypeError naming the argument.
     """
 

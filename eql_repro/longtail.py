@@ -73,9 +73,11 @@ def exponential_counts(
     class 0. Returns int64 [C] with $n_j = \lfloor n_0\,\mathrm{IF}^{-j/(C-1)} \rfloor$.
     Raises ValueError or TypeError for an option out of range.
     """
-    rate, last = 1 / _real(imbalance, "imbalance", low=1), num_classes - 1
+    r, last = 1 / _real(imbalance, "imbalance", low=1), num_classes - 1
     _real(num_classes, "num_classes", low=2), _real(largest, "largest", low=1)
-    return torch.tensor([int(largest * rate ** (j / last)) for j in range(last + 1)])
+    return torch.tensor(
+        [int(largest * r ** (j / last) + 1e-9) for j in range(last + 1)]
+    )
 
 # %% ../nbs/01_longtail.ipynb #36dafc43
 def _read_table(name: str) -> list[dict[str, str]]:
@@ -165,7 +167,7 @@ def _vector(value, name: str) -> Tensor:
     x = x if x.is_floating_point() else x.long()  # NumPy's unsigned do not compare
     if len(bad := x[~x.isfinite() | (x < 0) | (x != x.long())]):
         raise ValueError(f"{name} must be finite whole numbers from 0, got {bad[0]}")
-    return x.long()
+    return x.to(torch.int64, copy=True)  # what is given may be changed later
 
 
 def _check_total(counts: Tensor, total: int | None) -> Tensor:

@@ -315,8 +315,10 @@ def check_targets(
         if len(wrong := boxes[~good]):
             want = f"finite, x1 < x2 and y1 < y2, got {wrong[0].tolist()}"
             raise ValueError(f"targets[{i}]: boxes must be {want}")
-        if n and "masks" in fields and (top := int(target["masks"].max())) > 1:
-            raise ValueError(f"targets[{i}]: masks must be 0 and 1, got {top}")
+        if n and "masks" in fields:
+            ends = target["masks"].min().item(), target["masks"].max().item()
+            if not 0 <= ends[0] <= ends[1] <= 1:
+                raise ValueError(f"targets[{i}]: masks must be 0 and 1, got {ends}")
 
 # %% ../nbs/11_regions.ipynb #e3f68f1e
 def device_generator(

@@ -166,7 +166,7 @@ def _counts_of(frequency: _Frequency) -> Tensor:
 def _class_weights(weights: Tensor | Sequence[float]) -> Tensor:
     """Weights as float32 [C], finite and not negative, or raise."""
     try:
-        w = torch.as_tensor(weights).detach().float()
+        w = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"weights must be numbers, got {weights!r}") from error
     bad = w[~((w >= 0) & w.isfinite())].tolist()
@@ -457,8 +457,10 @@ class EQLv2(_Loss):
         terms = eqlv2_terms(logits, target, ratio, **options)
         if self.training:
             sums = _over_processes(gradient_sums(logits, target, ratio, **options))
-            self.positive += sums[0]
-            self.negative += sums[1]
+            sums = torch.where(sums.isfinite().all(), sums, 0)  # a step that is lost
+            # not in place: what is compiled would read the new ones in backward
+            self.positive = (self.positive + sums[0]).to(self.positive.dtype)
+            self.negative = (self.negative + sums[1]).to(self.negative.dtype)
         return terms
 
     def _apply(self, fn, recurse: bool = True):

@@ -359,7 +359,7 @@ class OrderSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; another one than before starts at its beginning."""
-        if _whole(epoch, "epoch") != self.epoch:
+        if (epoch := _whole(epoch, "epoch")) != self.epoch:
             self.epoch, self.position = epoch, 0
 
     def state_dict(self, position: int) -> dict[str, int]:
@@ -372,7 +372,7 @@ class OrderSampler(Sampler[int]):
         """Go on from a saved state. Raises ValueError for one that does not fit."""
         if set(state) != {"epoch", "position"}:
             raise ValueError(f"state must hold epoch and position, got {[*state]}")
-        epoch, position = _whole(state["epoch"], "epoch"), state["position"]
+        epoch, position = (_whole(state[k], k) for k in ("epoch", "position"))
         replica_share(_epoch(self.order, epoch), 1, 0, position)
         self.epoch, self.position = epoch, position
 
@@ -412,5 +412,6 @@ class RepeatFactorSampler(OrderSampler):
         self, factors: Tensor, *, seed: int = 0, num_replicas: int = 1, rank: int = 0
     ) -> None:
         _whole(seed, "seed")
-        order = partial(repeat_factor_order, _check_factors(factors), seed)
+        factors = _check_factors(factors).clone()  # they may be changed later
+        order = partial(repeat_factor_order, factors, seed)
         super().__init__(order, num_replicas=num_replicas, rank=rank)

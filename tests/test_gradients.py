@@ -276,6 +276,28 @@ def test_two_calls_in_one_backward():
     assert meter.state_dict()["seen"] == 1
 
 
+def test_two_passes_through_one_call_are_one_measurement():
+    x, labels = batch()
+
+    def measured(passes):
+        classifier = layer()
+        meter = GradientMeter(classifier)
+        z = classifier(x)
+        meter.observe(labels)
+        losses = softmax(z, labels), z.square().mean()
+        if passes == 1:
+            sum(losses).backward()
+        else:
+            losses[0].backward(retain_graph=True)
+            losses[1].backward()
+        return meter.results()
+
+    once, twice = measured(1), measured(2)
+    for name, x_once in once.items():
+        assert torch.allclose(x_once, twice[name]), name
+    assert once["positives"].sum() == (labels < C).sum()
+
+
 def test_a_pass_after_a_reset_is_not_measured():
     classifier, (x, labels) = layer(), batch()
     meter = GradientMeter(classifier, "sigmoid")

@@ -277,6 +277,18 @@ def test_counts_and_labels_may_be_of_any_whole_kind(kind):
     assert ClassFrequency.from_labels(np.array([0, 1], dtype=kind), 3).counts[2] == 0
 
 
+def test_counts_are_a_copy():
+    for counts in (torch.tensor([5, 1]), np.array([5, 1])):
+        frequency = ClassFrequency(counts)
+        counts[:] = 0
+        assert frequency.counts.tolist() == [5, 1]
+
+
+@pytest.mark.parametrize("imbalance", [2, 3, 49, 98, 103, 200])
+def test_the_last_class_has_what_the_imbalance_says(imbalance):
+    assert exponential_counts(imbalance, 2, imbalance).tolist() == [imbalance, 1]
+
+
 def test_a_tail_that_cannot_be_meant_is_warned_of():
     short = ClassFrequency([100, 50, 20])
     with pytest.warns(UserWarning, match="tail_ratio=0.05: empty tail.* has 0.118"):

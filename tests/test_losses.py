@@ -465,9 +465,21 @@ def test_function_transforms(small_blocks, make):
         assert torch.allclose(torch.vmap(lambda z: loss(z, labels))(many), each)
         mapped = torch.vmap(torch.func.grad(lambda z: loss(z, labels)))(many)
         assert torch.allclose(mapped[0], z.grad, rtol=1e-14, atol=0)
+        own = torch.stack([labels, labels.flip(0)])  # labels of each, too
+        each = torch.stack([torch.func.grad(loss)(many[i], own[i]) for i in (0, 1)])
+        assert torch.allclose(torch.vmap(torch.func.grad(loss))(many, own), each)
         by = torch.tensor([1.0, -2.0], dtype=torch.float64)
         rows = torch.autograd.grad(loss(z, labels), z, by, is_grads_batched=True)[0]
         assert torch.allclose(rows, torch.stack([z.grad, -2 * z.grad]))
+
+
+def test_soft_targets_and_a_soft_tail_have_gradients():
+    z, _ = batch(4, dtype=torch.float64)
+    y, tail = torch.rand(2, *z.shape, dtype=torch.float64)
+    both = y.requires_grad_(), tail[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: equalization_loss(z, *x), both)
+    plain = equalization_loss(z, y.detach(), tail[0])
+    assert torch.equal(equalization_loss(z, *both), plain)
 
 
 @pytest.mark.parametrize("make", [eql, seql])

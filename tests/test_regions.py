@@ -309,7 +309,10 @@ def good_target():
         ({"boxes": torch.tensor([[1.0, 1, 1, 6]])}, ValueError, "x1 < x2"),
         ({"boxes": torch.tensor([[1.0, 1, 5, float("nan")]])}, ValueError, "finite"),
         ({"masks": torch.zeros(1, 9, 9)}, ValueError, "masks must be"),
-        ({"masks": torch.full((1, *SIZE), 255)}, ValueError, "be 0 and 1, got 255"),
+        ({"masks": torch.full((1, *SIZE), 255)}, ValueError, r"got \(255, 255\)"),
+        ({"masks": torch.full((1, *SIZE), -1)}, ValueError, "be 0 and 1"),
+        ({"masks": torch.full((1, *SIZE), 1.9)}, ValueError, "be 0 and 1"),
+        ({"masks": torch.full((1, *SIZE), float("nan"))}, ValueError, "be 0 and 1"),
     ],
 )
 def test_targets_that_do_not_fit_are_named(change, error, message):

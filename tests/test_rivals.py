@@ -347,6 +347,23 @@ def test_two_processes_count_as_one(tmp_path):
         assert torch.allclose(torch.stack(joined), torch.stack(values))
 
 
+def test_a_batch_that_is_not_finite_leaves_no_trace():
+    z, labels = batch(dtype=torch.float32)
+    loss = EQLv2(C)
+    loss(z, labels)
+    before = copy.deepcopy(loss.state_dict())
+    loss(z.clone().fill_(math.nan), labels)
+    for key, x in loss.state_dict().items():
+        assert torch.equal(x, before[key])
+
+
+def test_weights_are_a_copy():
+    weights = torch.ones(C)
+    loss = ClassWeightedLoss(weights)
+    weights.zero_()
+    assert loss.weights.tolist() == [1] * C
+
+
 # Compiling and devices
 
 
@@ -357,7 +374,11 @@ def test_full_graph(name):
     loss, copied = seasoned(name), seasoned(name)
     compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        assert torch.allclose(loss(z, labels), compiled(z, labels))
+        both = [z.clone().requires_grad_() for _ in range(2)]
+        values = loss(both[0], labels), compiled(both[1], labels)
+        assert torch.allclose(*values)
+        sum(values).backward()
+        assert torch.allclose(*(x.grad for x in both))
     for key, x in loss.state_dict().items():
         assert torch.allclose(x, copied.state_dict()[key])
 

@@ -1,10 +1,12 @@
 """Samplers under real loaders, across processes and with accelerate."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -164,6 +166,18 @@ def seen_classes(order):
         for c in set(LABELS[i]) - {3}:
             counts[c] += 1
     return torch.tensor(counts) / len(order)
+
+
+def test_what_is_given_may_be_changed_later_and_a_state_is_plain():
+    factors = torch.ones(9).double()
+    sampler = RepeatFactorSampler(factors)
+    factors.fill_(5)
+    sampler.set_epoch(np.int64(2))
+    assert len([*sampler]) == 9
+    state = sampler.state_dict(1)
+    assert json.loads(json.dumps(state)) == state == {"epoch": 2, "position": 1}
+    sampler.load_state_dict({k: np.int64(v) for k, v in state.items()})
+    assert json.dumps(sampler.state_dict(3)) == '{"epoch": 2, "position": 3}'
 
 
 def test_a_matrix_of_labels_and_images_without_any():
