@@ -141,6 +141,8 @@ def _checked(cases: list[str], device: str, out: Path | None, force: bool) -> tu
         raise ValueError(f"cases: got {unknown.pop()!r}, expected some of {[*CASES]}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+    if out is not None and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: {out} is no folder")
     torch = require("torch")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', and torch sees no GPU")

@@ -32,11 +32,21 @@ from eql_repro.evaluation import (
     readable_metrics,
 )
 from .fetch import find_part
-from .instances import InstanceSet
+from .instances import InstanceSet, image_folders
 from .longtail import ClassFrequency
 from .provenance import load_weights
 from .recipe import Recipe, check_classes, read_run
 from .samplers import batch_of, keyed_generator
+
+# %% ../nbs/14_detect.ipynb #02812102
+def _check_categories(*splits: InstanceSet) -> None:
+    """Raise where training and validation mean different things by an id."""
+    pairs = (zip(s.category_ids.tolist(), s.names, strict=True) for s in splits)
+    train, test = map(dict, pairs)
+    for i in sorted({*train, *test}):
+        if train.get(i) != test.get(i):
+            got = f"{train.get(i)!r} in training, {test.get(i)!r} in validation"
+            raise ValueError(f"data: category {i} is {got}")
 
 # %% ../nbs/14_detect.ipynb #e4088e4b
 def _load_scenes(recipe: Recipe, data: str | None) -> tuple[Dataset, Dataset]:
@@ -54,8 +64,10 @@ def _load_files(recipe: Recipe, data: str | None, stem: str) -> tuple[Dataset, D
             "missing and where it is to be had"
         )
     options = {"masks": "faster" not in recipe.network}
-    train = InstanceSet(files[0], root, empty="drop", **options)
-    test = InstanceSet(files[1], root, **options)
+    folders = [image_folders(root, file) for file in files]
+    train = InstanceSet(files[0], folders[0], empty="drop", **options)
+    test = InstanceSet(files[1], folders[1], **options)
+    _check_categories(train, test)
     try:
         _read_truth(test, **options)
     except ValueError as error:

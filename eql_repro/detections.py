@@ -9,6 +9,7 @@ __all__ = ['row_numbers', 'detection_rows', 'read_detections', 'read_lists', 'de
 # %% ../nbs/10_detections.ipynb #06e8be81
 import json
 import math
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,9 @@ from .counts import _read_json
 _msgspec = import_module("msgspec") if find_spec("msgspec") else None  # slower without
 
 # %% ../nbs/10_detections.ipynb #c3a95dcb
+_LARGEST = 2**53  # a float64 does not hold every number beyond
+
+
 def row_numbers(row: dict, who: str, key: str) -> tuple[float, ...]:
     """Image, x, y, w, h, `key`, category of a row.
 
@@ -40,11 +44,13 @@ def row_numbers(row: dict, who: str, key: str) -> tuple[float, ...]:
         image, category = index(row["image_id"]), index(row["category_id"])
         x, y, w, h, last = given = [*row["bbox"], row[key]]
         finite = all(map(math.isfinite, given))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         wanted = f"image_id, category_id, bbox [x, y, w, h] and {key}"
         raise ValueError(f"{who} must hold {wanted}: {error!r}") from error
     if not finite:
         raise ValueError(f"{who} must be finite, got bbox and {key} {given}")
+    if max(abs(image), abs(category)) > _LARGEST:
+        raise ValueError(f"{who}: ids must be at most 2**53, got {image}, {category}")
     return image, float(x), float(y), float(w), float(h), float(last), category
 
 # %% ../nbs/10_detections.ipynb #6d55598c
@@ -163,10 +169,11 @@ def _quick(path: Path, masks: bool) -> tuple[np.ndarray, list] | None:
         for rows in _decoded(path, masks):
             numbers.frombytes(_table(rows).tobytes())
             shapes += [row.segmentation for row in rows] if masks else []
-    except (_msgspec.MsgspecError, ValueError):
+    except (_msgspec.MsgspecError, ValueError, OverflowError):
         return None
     table = np.asarray(numbers).reshape(-1, 7)
-    return (table, shapes) if np.isfinite(table).all() else None
+    good = np.isfinite(table).all() and (abs(table[:, [0, 6]]) < _LARGEST).all()
+    return (table, shapes) if good else None
 
 # %% ../nbs/10_detections.ipynb #86ebadad
 def read_detections(source: Any, masks: bool = False) -> tuple[np.ndarray, list]:
@@ -289,26 +296,31 @@ class DetectionWriter:
         return len(lines)
 
 # %% ../nbs/10_detections.ipynb #fb278ec9
+def _image_of(row: Any) -> Any:
+    return row.get("image_id") if isinstance(row, dict) else None
+
+
 def merge_detections(paths: Iterable[str | PathLike], out: str | PathLike) -> int:
     """Join files of JSON lines into `out`; returns the number of rows.
 
     Of an image that comes again, in the same file or in another, only the first block
     of successive rows is kept. Memory holds image ids alone. Raises ValueError if `out`
-    is among the paths, or for a line that is no JSON or lacks a field; OSError for a
-    path that cannot be read, and `out` stays as it was.
+    is among the paths, or for a line that is no JSON or lacks a field, OSError for a
+    path that cannot be read; then `out` stays as it was.
     """
     paths, out = [_lines(path) for path in paths], _lines(out)
     if out.resolve() in [path.resolve() for path in paths]:
         raise ValueError(f"out: {str(out)!r} is one of the files to merge")
-    for path in paths:  # before `out` is made or replaced
-        path.open("rb").close()
+    part = out.with_name(f"{out.stem}.{os.getpid()}.part.jsonl")
     seen, kept = set(), 0
-    with DetectionWriter(out) as writer:
-        for path in paths:
-            for image, block in groupby(
-                detection_rows(path), lambda row: row.get("image_id")
-            ):
-                if image not in seen:
-                    kept += writer.write(block)
-                seen.add(image)
+    try:
+        with DetectionWriter(part) as writer:
+            for path in paths:
+                for image, block in groupby(detection_rows(path), _image_of):
+                    if image not in seen:
+                        kept += writer.write(block)
+                    seen.add(image)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     return kept

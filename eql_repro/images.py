@@ -317,11 +317,12 @@ def read_photo(
 ) -> Tensor:
     """One photograph, uint8 [3, 224, 224]; row: float [10], seeds its augmentation.
 
-    Raises OSError naming a file that is not an image.
+    Raises OSError naming a file that is not an image of 8-bit channels.
     """
     try:
-        photo = Image.open(path).convert("RGB")
-    except OSError as error:
+        with Image.open(path) as image:
+            photo = _rgb(image)
+    except _UNREADABLE as error:
         raise OSError(f"{path} cannot be read as an image ({error})") from error
     with torch.random.fork_rng(devices=[]):
         seed = 0 if row is None else int(row[:2].double() @ _SEED)
@@ -329,12 +330,22 @@ def read_photo(
         return v2.functional.pil_to_tensor(_photo_transform(tuple(steps))(photo))
 
 # %% ../nbs/07_images.ipynb #404ca53d
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits; ValueError for more bits, which would be clipped."""
+    if image.mode[0] in "IF":
+        raise ValueError("more than 8 bits a channel")
+    return image.convert("RGB")
+
+
 def _read_list(path: Path, root: Path, C: int) -> Iterator[tuple[str, int]]:
     """Path and label of each line; raises for the first line that is not such."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdigit() or int(label) >= C:
+        if not name or not label.isdecimal() or int(label) >= C:
             raise ValueError(
                 f"{path}, line {number}: got {line!r}, expected `path label` with a "
                 f"label from 0 to {C - 1}"

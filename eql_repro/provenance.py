@@ -14,13 +14,13 @@ import hashlib
 import importlib
 import json
 import os
-import pickle
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -192,13 +192,20 @@ def same_sources(recipe: str, source: str, file: Path) -> set[str]:
 
 # %% ../nbs/13_provenance.ipynb #70ca379d
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then move it there in one step."""
+    """Let `write` fill a file beside `path`, then move it there in one step.
+
+    Raises OSError where it cannot be written; what stood there stays.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -214,11 +221,13 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Any:
 
     Raises ValueError naming a file that is broken.
     """
+    device = torch.device(device)
+    where = "cpu" if device.type == "cpu" else device  # not cpu:0, of several processes
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except torch.OutOfMemoryError:
+        return torch.load(path, map_location=where, weights_only=True)
+    except (torch.OutOfMemoryError, FileNotFoundError, PermissionError):
         raise
-    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, LookupError, OSError, UnpicklingError) as error:
         raise ValueError(f"{path}: broken, cannot be read ({error})") from error
 
 # %% ../nbs/13_provenance.ipynb #bff01427

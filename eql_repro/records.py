@@ -169,6 +169,10 @@ def check_record(data: dict) -> Record:
     for key in ("name", "iterations"):
         if key not in data["recipe"]:
             raise ValueError(f"record has no {key!r} in its recipe")
+    name, least = data["recipe"]["name"], min(data["seed"], data["minutes"])
+    if Path(name).name != name or least < 0:
+        got = f"{name!r}, {data['seed']}, {data['minutes']}"
+        raise ValueError(f"record's name, seed and minutes cannot be {got}")
     done, wanted = data["iterations"], data["recipe"]["iterations"]
     if done != wanted:
         raise ValueError(f"run ended at {done} of {wanted} iterations")

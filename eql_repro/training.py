@@ -176,7 +176,7 @@ class Options:
     make batches, 0 to make them on the device; micro_batch: images per forward where
     the batch does not fit, 0 for all; checkpoint_every: in iterations; keep:
     checkpoints to keep; tensorboard: write event files; minutes: stop after them as
-    Ctrl-C does, 0 for never. Raises ValueError for numbers below their least.
+    Ctrl-C does, 0 for never. Raises ValueError for numbers out of their range.
     """
 
     data: str | None = None
@@ -191,8 +191,7 @@ class Options:
         least = {"workers": 0, "micro_batch": 0, "checkpoint_every": 1, "keep": 1}
         least["minutes"] = 0
         for name, value in least.items():
-            if getattr(self, name) < value:
-                got = getattr(self, name)
+            if not value <= (got := getattr(self, name)) <= threading.TIMEOUT_MAX / 60:
                 raise ValueError(f"{name}: got {got}, expected at least {value}")
 
 # %% ../nbs/14_training.ipynb #29676188
@@ -225,11 +224,11 @@ def run_folder(out: str | Path, recipe: Recipe, seed: int) -> Path:
     """The folder of one run: out/<recipe>-s<seed>."""
     return Path(out) / f"{recipe.name}-s{seed}"
 
-# %% ../nbs/14_training.ipynb #bfeed65a
+# %% ../nbs/14_training.ipynb #609f0bb6
 def discard(folder: Path) -> None:
     """Remove what a run left in its folder."""
     names = ("record.json", "run.json", "weights.pt", "failed.pt")
-    left = [*folder.glob("checkpoint*"), *folder.glob("*.part")]
+    left = [p for x in ("checkpoint*", "*.part", "detections*") for p in folder.glob(x)]
     for path in [*map(folder.joinpath, names), *left]:
         path.unlink(missing_ok=True)
 
@@ -407,12 +406,9 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
     return accelerator
 
 # %% ../nbs/14_training.ipynb #8b77480f
-def open_lane(
-    recipe: Recipe, seed: int, folder: Path, task: Any, accelerator: Any
-) -> Lane:
-    """A lane continued from its checkpoint where there is one."""
-    lane = build_lane(recipe, seed, folder, task, accelerator)
-    lane.source = run_source(recipe)
+def open_lane(lane: Lane, accelerator: Any) -> Lane:
+    """A lane that was built, continued from its checkpoint where there is one."""
+    lane.source = run_source(lane.recipe)
     load_checkpoint(lane, accelerator)
     return lane
 
@@ -444,10 +440,8 @@ def lost_process(processes: int) -> Iterator[None]:
     except RuntimeError as error:
         if processes == 1 or not re.search("gloo|nccl|connection", str(error), re.I):
             raise
-        raise ConnectionError(
-            "another process of this run is gone; the same command goes on from the "
-            f"last checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        what = "a process is gone; the same command goes on from the last checkpoint"
+        raise ConnectionError(f"{what} ({str(error).splitlines()[0]})") from error
 
 
 def _open_lanes(
@@ -456,15 +450,18 @@ def _open_lanes(
 ) -> list[Lane]:  # fmt: skip
     """The lanes of these runs, each from its checkpoint where there is one.
 
-    force: from the start. The folders are looked at again now that they are held.
+    force: from the start. What cannot be built or lacks a batch is found before
+    anything is discarded; the folders are looked at again now that they are held.
     """
-    folders = [run_folder(out, *run) for run in runs]
-    pairs = list(zip(runs, folders, strict=True))
-    for run, folder in pairs if accelerator.is_main_process else ():
-        discard(folder) if force else open_folder(folder, run[0])
+    own = [(*run, run_folder(out, *run)) for run in runs]
+    lanes = [build_lane(*parts, task, accelerator) for parts in own]
+    if force and runs:
+        task.batches(runs, accelerator.device)[0]
+    for lane in lanes if accelerator.is_main_process else ():
+        discard(lane.folder) if force else open_folder(lane.folder, lane.recipe)
     accelerator.wait_for_everyone()
-    lanes = [open_lane(*run, folder, task, accelerator) for run, folder in pairs]
     for lane in lanes:
+        open_lane(lane, accelerator)
         write_start(lane, options, accelerator)
         bar.update(images_in(lane.recipe, lane.iteration))
     return lanes

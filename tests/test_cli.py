@@ -150,6 +150,8 @@ def test_options_that_do_not_apply_are_refused(tmp_path, capsys):
     files = "--ground-truth", "a.json", "--detections", "b.json"
     assert "--data: not for" in error_of(capsys, "evaluate", *files, "--data", "x")
     assert "device: got 'gpu'" in error_of(capsys, "bench", "losses", "--device", "gpu")
+    said = error_of(capsys, "bench", "losses", "--out", Path(__file__))
+    assert "test_cli.py is no folder" in said
     said = error_of(capsys, "run", "quickstart_eql", "--together", 3)
     assert "give names, or --missing --minutes N [--together N]" in said
 

@@ -204,6 +204,16 @@ def test_a_coco_file_that_cannot_be_evaluated_is_refused_before_training(tmp_pat
     truth["categories"][0]["frequency"] = "r"
     (tmp_path / "val.json").write_text(json.dumps(truth))  # train.json may be COCO's
     assert len(Detection(recipe, str(tmp_path)).test) == 1
+    for change, said in (
+        ({"name": "b"}, "1 is 'a' in training, 'b' in"),
+        ({"id": 2}, ""),
+    ):
+        other = truth["categories"][0] | change
+        rows = [box | {"category_id": other["id"]}]
+        content = truth | {"categories": [other], "annotations": rows}
+        (tmp_path / "val.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"data: category {said}"):
+            Detection(recipe, str(tmp_path))
 
 
 @pytest.mark.parametrize("high", [0, 14, 32, 50, 64])

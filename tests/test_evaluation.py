@@ -430,6 +430,33 @@ def test_a_missing_shard_leaves_the_joined_file_as_it_was(tmp_path):
         assert (out.read_text() if out.exists() else None) == before
 
 
+@pytest.mark.parametrize("end", ['{"image_id": 5, "cat', "[1]"])
+def test_a_cut_shard_leaves_the_joined_file_as_it_was(tmp_path, end):
+    out, shard = tmp_path / "out.jsonl", tmp_path / "shard.jsonl"
+    out.write_text("before")
+    with DetectionWriter(shard) as writer:
+        writer.write([guess()])
+    shard.write_text(shard.read_text() + end)
+    with pytest.raises(ValueError, match="line 2: not JSON|row 0 must hold"):
+        merge_detections([shard], out)
+    assert out.read_text() == "before" and len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("field", ["image_id", "category_id"])
+@pytest.mark.parametrize("value", [2**53 + 1, 2**62 + 3, -(2**60), 10**400])
+def test_ids_that_no_float_holds_are_refused(tmp_path, field, value):
+    rows, path = [guess(), guess() | {field: value}], tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    for source in (rows, path):
+        with pytest.raises(ValueError, match="row 1: ids must be at most 2.*53"):
+            read_detections(source)
+
+
+def test_a_number_that_no_float_holds_is_refused():
+    with pytest.raises(ValueError, match="row 0 must hold"):
+        read_detections([guess() | {"score": 10**400}])
+
+
 def test_writing_and_merging_take_little_memory(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     tracemalloc.start()

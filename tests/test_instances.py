@@ -19,6 +19,7 @@ from eql_repro.instances import (
     check_data,
     check_images,
     find_images,
+    image_folders,
     read_image,
 )
 from eql_repro.longtail import ClassFrequency
@@ -245,6 +246,22 @@ def test_names_of_every_version_find_the_files(folder):
     assert find_images(["x.jpg"], [folder, folder / "val2017"]) == [None]
     with pytest.raises(NotADirectoryError, match="nowhere"):
         find_images(["x.jpg"], folder / "nowhere")
+
+
+def test_the_same_name_in_both_splits_is_refused_or_the_splits_own(tmp_path):
+    for split, grey in (("train", 40), ("val", 200)):
+        (tmp_path / f"{split}2017").mkdir()
+        path = tmp_path / f"{split}2017" / "0.png"
+        Image.new("RGB", (W, H), (grey,) * 3).save(path)
+        folders = image_folders(tmp_path, f"my_{split}.json")
+        assert find_images(["0.png"], folders) == [str(path)]
+    with pytest.raises(ValueError, match="0.png is .*train2017.* or .*val2017"):
+        find_images(["0.png"], tmp_path)
+    (tmp_path / "val").mkdir()  # as the scenes' export has it
+    assert image_folders(tmp_path, "val.json")[:2] == [
+        tmp_path / "val",
+        tmp_path / "val2017",
+    ]
 
 
 def test_an_image_of_lvis_v1_has_only_an_address(truth, folder):

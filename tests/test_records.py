@@ -167,6 +167,9 @@ def test_provenance_says_when_the_tree_was_dirty(tmp_path):
     [
         ({"seed": "0"}, "'seed'"),
         ({"seed": True}, "'seed'"),
+        ({"seed": -1}, "cannot be 'tiny', -1"),
+        ({"minutes": -1.0}, "cannot be 'tiny', 0, -1"),
+        ({"recipe": {"name": "../evil", "iterations": 2}}, "cannot be '../evil'"),
         ({"minutes": math.inf}, "record.minutes is inf"),
         ({"metrics": {}}, "no metrics"),
         ({"metrics": {"top1": 41.0}}, "'top1' is 41.0"),

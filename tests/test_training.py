@@ -17,7 +17,7 @@ from two_processes import start_pair
 
 from eql_repro import training
 from eql_repro.classify import DATA_SETS, load_data
-from eql_repro.provenance import sole_use
+from eql_repro.provenance import load_weights, sole_use, write_file
 from eql_repro.recipe import Recipe
 from eql_repro.training import Interrupted, Options, run_folder, train
 
@@ -145,6 +145,59 @@ def test_force_discards_nothing_before_the_data_is_there(tmp_path, monkeypatch, 
     train([(short, 0)], tmp_path, force=True)
     assert json.loads((folder / "record.json").read_text())["iterations"] == 2
     assert not [*folder.glob("checkpoint*")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network": "resnet9"},
+        {"threshold": "steep"},
+        {"loss_options": (("sharpness", 3),)},
+        {"augment": ("mirror",)},
+    ],
+)
+def test_force_discards_nothing_where_the_new_run_cannot_be_built(
+    tmp_path, whole, change
+):
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises((ValueError, TypeError)):
+        train([(replace(TINY, **change), 0)], tmp_path, force=True)
+    assert sorted(p.name for p in folder.iterdir()) == before
+    assert "record.json" in before and "weights.pt" in before
+
+
+@pytest.mark.parametrize("minutes", [float("nan"), float("inf"), 1e300, -1])
+def test_minutes_that_no_clock_can_wait_are_refused(minutes):
+    with pytest.raises(ValueError, match="minutes: got"):
+        Options(minutes=minutes)
+
+
+def test_a_full_disk_is_an_error_of_the_file_and_the_old_one_stays(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_text("old")
+
+    def full(part):
+        part.write_text("ne")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    with pytest.raises(OSError, match=r"weights.pt: cannot be written \(Pytorch"):
+        write_file(path, full)
+    assert path.read_text() == "old" and len([*tmp_path.iterdir()]) == 1
+
+
+def test_weights_are_read_on_the_device_of_a_process_and_broken_ones_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(torch.arange(9_000), path)
+    here = torch.device("cpu", 0)  # as accelerate says where there are several
+    assert load_weights(path, here).equal(torch.arange(9_000))
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 3_000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="weights.pt: broken"):
+            load_weights(path)
+    with pytest.raises(FileNotFoundError):
+        load_weights(tmp_path / "none.pt")
 
 
 def test_a_failed_evaluation_loses_no_step(tmp_path, monkeypatch):
