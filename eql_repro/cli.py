@@ -63,6 +63,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+EXPECTED += (SyntaxError,)  # of a recipe in a file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

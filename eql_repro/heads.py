@@ -240,7 +240,7 @@ def trained_detector(recipe: Recipe) -> tuple[Detector, Recipe, Path]:
         name, _, seed = folder.name.rpartition("-s")
         raise FileNotFoundError(
             f"detector of recipe {recipe.name!r}: {folder} holds no finished run; "
-            f"`eql run {name} --seed {seed}` makes it"
+            f"`eql run {name} --seed {seed}` makes it, without --out, in this folder"
         )
     return *finished_run(folder, build_detection_model), folder
 

@@ -152,6 +152,8 @@ def test_options_that_do_not_apply_are_refused(tmp_path, capsys):
     assert "device: got 'gpu'" in error_of(capsys, "bench", "losses", "--device", "gpu")
     said = error_of(capsys, "bench", "losses", "--out", Path(__file__))
     assert "test_cli.py is no folder" in said
+    (tmp_path / "own.py").write_text("def recipe(:")
+    assert "own.py, line 1" in error_of(capsys, "run", f"{tmp_path / 'own.py'}:recipe")
     said = error_of(capsys, "run", "quickstart_eql", "--together", 3)
     assert "give names, or --missing --minutes N [--together N]" in said
 
