@@ -235,13 +235,14 @@ class MarkdownTable(str):
 def plot_table(frame: pd.DataFrame, digits: int = 1) -> MarkdownTable:
     """A data frame as a markdown table, without its index.
 
-    frame: any. digits: after the point of floats; a missing value is a dash.
+    frame: any. digits: after the point of floats; a missing value is a dash. A value
+    and its error, "1 ± 2", stay in one line.
     """
 
     def text(value: object) -> str:
         if isinstance(value, float):
             return "–" if np.isnan(value) else f"{value:.{digits}f}"
-        return str(value).replace("|", "\\|")
+        return str(value).replace("|", "\\|").replace(" ± ", "\N{NBSP}±\N{NBSP}")
 
     kinds = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
     rows = [list(frame.columns), ["--:" if number else "---" for number in kinds]]

@@ -25,6 +25,10 @@ PARTS = {  # the first chapter of each part of the book
 }
 FOLDERS = {"results": "Results", "howto": "How to"}
 FIRST = ("verdict",)  # results pages that stand before the paper's figures and tables
+LATER = {  # chapters that are read after others than their names say
+    "02_in_triton": "04_seql, in Triton",
+    "02_kernels": "04_seql, kernels",
+}
 SPELLING = {
     "longtail": "long tail",
     "lambda": "λ",
@@ -106,11 +110,14 @@ class Page:
 
     @property
     def order(self) -> tuple:
-        """Chapters by name; results as in the paper, a figure before its table."""
+        """Chapters by name, but for `LATER`; results as in the paper.
+
+        A figure stands before its table.
+        """
         if match := re.match(r"(fig|table)(\d+)", self.stem):
             return (1, int(match[2]), match[1], self.stem)
         last = self.folder == "results" and not self.stem.startswith(FIRST)
-        return (2 * last, 0, "", self.stem)
+        return (2 * last, 0, "", LATER.get(self.stem, self.stem))
 
 
 def _capital(text: str) -> str:

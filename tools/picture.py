@@ -12,11 +12,12 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 
 from eql_repro import equalization_loss
 
 SIDE = {"light": ("#222832", "#ffffff"), "dark": ("#ced6dd", "#121212")}
+FAINT = 0.3  # how much of its colour the smallest push has, to be seen on the ground
 UP, DOWN, GREY = "#0072B2", "#D55E00", "#999999"
 COUNTS = torch.tensor([1000, 600, 360, 215, 130, 77, 46, 28, 17, 10])
 BACKGROUND, TAIL = 1500, 5  # background regions; the first class of the tail
@@ -33,12 +34,13 @@ def gradients(tail: torch.Tensor) -> torch.Tensor:
 
 def grid(ax, push: torch.Tensor, ground: str) -> None:
     """One cell per pair: orange pushes down, blue pulls up, empty is nothing."""
-    orange = LinearSegmentedColormap.from_list("", [ground, DOWN])
-    blue = LinearSegmentedColormap.from_list("", [ground, UP])
     norm = LogNorm(1, 1000)
-    for sign, colours in ((1, orange), (-1, blue)):
+    for sign, colour in ((1, DOWN), (-1, UP)):
         part = (sign * push).clamp(min=0)
         shown = torch.where(part > 0, part, torch.nan)
+        pair = zip(to_rgb(ground), to_rgb(colour), strict=True)
+        least = [(1 - FAINT) * a + FAINT * b for a, b in pair]
+        colours = LinearSegmentedColormap.from_list("", [least, colour])
         ax.pcolormesh(shown, cmap=colours, norm=norm, ec=ground, lw=2)
     ax.invert_yaxis()
     ax.set(xticks=[], yticks=[], aspect="equal")
