@@ -245,7 +245,7 @@ def evaluate_lvis(
     *,
     negatives: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Average precision by the rules of LVIS, as fractions (Tables 1 to 6).
+    """Average precision by the rules of LVIS, as fractions (Tables 1 to 5).
 
     ground_truth: LVIS json as path or dict, or an object whose method `to_lvis()`
     returns the dict; detections: rows of image_id, category_id, bbox [x, y, w, h] in

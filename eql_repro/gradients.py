@@ -63,7 +63,7 @@ class _Call:
 
     def __init__(self, x: Tensor, z: Tensor):
         self.x, self.z = x.detach(), z.detach()
-        self.target, self.g, self.sums = None, None, 0.0  # the last: all passes so far
+        self.target, self.g, self.sums = None, None, 0.0  # g, sums: so far
 
 
 def _check_classifier(classifier: nn.Module) -> nn.Module:

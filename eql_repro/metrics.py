@@ -28,7 +28,7 @@ def top_k(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Fraction of images whose label is among the k largest scores.
 
     scores: float [N, C]; labels: int64 [N] in [0, C). Raises ValueError for wrong
-    shapes or k outside [1, C]. Tables 7 to 9 of the paper (there in percent).
+    shapes or k outside [1, C]. Tables 7 to 10 of the paper (there in percent).
     """
     _check(scores, labels)
     if not 1 <= k <= scores.shape[1]:

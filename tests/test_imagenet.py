@@ -70,6 +70,7 @@ def test_augmentation_is_a_function_of_its_row(tree):
         ("train/x.JPEG 5", ValueError, "line 17: got .* label from 0 to 4"),
         ("train/x.JPEG", ValueError, "line 17"),
         ("train/x.JPEG -1", ValueError, "line 17"),
+        ("train/x.JPEG \N{SUPERSCRIPT TWO}", ValueError, "line 17"),
     ],
 )
 def test_a_bad_line_is_one_clear_error(tree, tmp_path, line, error, says):
@@ -84,6 +85,15 @@ def test_a_broken_photograph_is_named(tree, tmp_path):
     (tmp_path / "ImageNet_LT_val.txt").write_text("broken.JPEG 0\n")
     images = imagenet_lt(tmp_path, "val", num_classes=1)
     with pytest.raises(OSError, match=r"broken\.JPEG cannot be read as an image"):
+        images.batch(torch.tensor([0]))
+
+
+def test_a_photograph_of_more_than_8_bits_is_refused(tmp_path):
+    deep = np.full((300, 300), 40_000, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    (tmp_path / "ImageNet_LT_val.txt").write_text("deep.png 0\n")
+    images = imagenet_lt(tmp_path, "val", num_classes=1)
+    with pytest.raises(OSError, match=r"deep\.png cannot .*more than 8 bits"):
         images.batch(torch.tensor([0]))
 
 
