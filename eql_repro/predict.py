@@ -45,9 +45,14 @@ def evaluate_run(
 
 # %% ../nbs/17_predict.ipynb #b9488413
 def categories_of(folder: str | Path) -> dict[int, str]:
-    """Category ids of a detection run and their names, in the order of its labels."""
+    """Category ids of a detection run and their names, in the order of its labels.
+
+    Raises ValueError for a run without them.
+    """
     _, state = read_run(folder)
-    ids = state["category_ids"]
+    if not (ids := state.get("category_ids")):
+        said = "no category_ids, a classifier's or of an older version"
+        raise ValueError(f"folder: {Path(folder) / 'run.json'} has {said}")
     return dict(zip(ids, state.get("names") or map(str, ids), strict=True))
 
 
@@ -59,12 +64,21 @@ def listed(images: Sequence[Path], names: dict[int, str]) -> dict[str, list[dict
     }
 
 # %% ../nbs/17_predict.ipynb #78f65b88
-def _files(images: Sequence[str | Path]) -> list[Path]:
-    """Paths; ValueError for none, or for pictures of the same name."""
+def _files(images: Sequence[str | Path], longest: int) -> list[Path]:
+    """Paths of images that can be searched; ValueError or OSError for another.
+
+    longest: pixels of the longer side that the detector sees. Each file is read, and
+    not kept: a search of many needs the memory of one.
+    """
     images = [Path(image) for image in images]
     if not images or len({image.stem for image in images}) < len(images):
         wanted = "files of different names"
         raise ValueError(f"images: got {len(images)}, expected {wanted}")
+    for path in images:
+        short, long = sorted(read_image(path).shape[1:])
+        if short * longest < long:
+            wanted = f"a shorter side of at least 1/{longest} of the longer"
+            raise ValueError(f"images: {path} is {long} x {short}, expected {wanted}")
     return images
 
 # %% ../nbs/17_predict.ipynb #c1b72664
@@ -78,23 +92,24 @@ def predict(
 
     out: a new folder for `predictions.jsonl`, `images.json` and a picture of each
     image; threshold: smallest score drawn, in [0, 1]; the file has all detections.
-    Raises ValueError for a run of a classifier, another threshold, an empty list or an
-    image twice, OSError for a file that is no image, FileExistsError where out exists.
+    Raises ValueError for a run of a classifier, another threshold, an empty list, an
+    image twice or one that is all length, OSError for a file that is no image,
+    FileExistsError where out exists.
     """
     if not 0 <= threshold <= 1:  # true for nan
         raise ValueError(f"threshold: got {threshold}, expected a score in [0, 1]")
     model, recipe = load_run(folder)
     if TASKS[recipe.data] is not Detection:
         raise ValueError(f"folder: {recipe.name!r} is not a detector")
-    images = _files(images)
-    pixels = [read_image(image) for image in images]  # all are read before the work
+    images = _files(images, model.transform.max_size)
     out, names = Path(out), categories_of(folder)
     accelerator = make_accelerator(recipe.precision)
     model = model.to(accelerator.device)
     out.mkdir(parents=True)
     write_json(out / "images.json", listed(images, names))
     with accelerator.autocast(), DetectionWriter(out / "predictions.jsonl") as writer:
-        for number, (path, image) in enumerate(zip(images, pixels, strict=True)):
+        for number, path in enumerate(images):
+            image = read_image(path)
             writer.write(rows := search(model, image, number, 0, [*names]))
             drawn = [row for row in rows if row["score"] >= threshold]
             draw(image, drawn, names, out / f"{path.stem}.png")

@@ -169,6 +169,20 @@ def test_predictions_have_the_category_ids_of_the_data(tmp_path):
     listed = json.loads(file.with_name("images.json").read_text())["categories"]
     assert found and found <= {*ids} and [row["id"] for row in listed] == ids
     assert state["category_ids"] == ids and len(state["counts"]) == 30
+    Image.new("RGB", (80, 1)).save(tmp_path / "line.png")
+    Image.new("RGB", (5000, 1)).save(tmp_path / "long.png")
+    predict(folder, [tmp_path / "line.png"], tmp_path / "thin")  # a pixel is left
+    for bad, said in (
+        (tmp_path / "long.png", "long.png is 5000 x 1, expected a shorter side"),
+        (tmp_path / "train.json", "train.json: not a readable image"),
+    ):
+        with pytest.raises((ValueError, OSError), match=said):
+            predict(folder, [*images, bad], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    del state["category_ids"]
+    (folder / "run.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="run.json has no category_ids"):
+        predict(folder, images, tmp_path / "none")
 
 
 def test_a_loaded_detector_has_the_tail_of_its_data(tmp_path):
