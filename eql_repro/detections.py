@@ -80,6 +80,8 @@ def detection_rows(source: Any) -> Iterator[dict]:
     else:
         with open(source, encoding="utf-8") as file:
             for n, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
                 try:
                     yield _load(line)
                 except ValueError as error:
@@ -214,6 +216,14 @@ def read_lists(path: str | PathLike, fields: Mapping[str, Sequence[str]]) -> Any
     return _read_json(path)
 
 # %% ../nbs/10_detections.ipynb #681190b2
+def _encoded_masks(masks: Sequence) -> Sequence:
+    """The masks of an image; ValueError for one that is neither RLE nor polygons."""
+    if other := [mask for mask in masks if not isinstance(mask, (dict, list))]:
+        got = type(other[0]).__name__
+        raise ValueError(f"outputs: masks must be RLE or polygons, got a {got}")
+    return masks
+
+# %% ../nbs/10_detections.ipynb #072c4555
 def detections_from(
     outputs: Sequence[Mapping[str, Any]],
     image_ids: Sequence[int],
@@ -238,7 +248,7 @@ def detections_from(
         values = [[category_ids[j] for j in labels], boxes, output["scores"].tolist()]
         keys = ["category_id", "bbox", "score", "segmentation"]
         if "masks" in output:
-            values.append(output["masks"])
+            values.append(_encoded_masks(output["masks"]))
         for row in zip(*values, strict=True):
             rows.append(
                 {"image_id": int(image_id)} | dict(zip(keys, row, strict=False))
@@ -252,6 +262,9 @@ def _line(row: dict, who: str) -> dict:
     line = {"image_id": image, "category_id": category, "bbox": box, "score": score}
     if "segmentation" in row:
         mask = line["segmentation"] = row["segmentation"]
+        if not isinstance(mask, (dict, list, type(None))):
+            got = type(mask).__name__
+            raise ValueError(f"{who} must hold RLE or polygons, got a mask {got}")
         if isinstance(mask, dict) and isinstance(mask.get("counts"), bytes):
             line["segmentation"] = mask | {"counts": mask["counts"].decode()}
     return line
@@ -275,12 +288,12 @@ def _lines(path: str | PathLike) -> Path:
 class DetectionWriter:
     """A file of JSON lines, one detection a line, written as they come.
 
-    path: ends in .jsonl; what it held is replaced. Use it in a `with` statement; the
-    rows of an image belong into one call of `write`.
+    path: ends in .jsonl; what it held is replaced. Use it in a `with` statement. The
+    rows of an image belong into one call of `write`; those of a later one are left out.
     """
 
     def __init__(self, path: str | PathLike):
-        self._file = open(_lines(path), "wb")
+        self._file, self._seen = open(_lines(path), "wb"), set()
 
     def __enter__(self) -> "DetectionWriter":
         return self
@@ -291,6 +304,8 @@ class DetectionWriter:
     def write(self, rows: Iterable[dict]) -> int:
         """Append rows of the LVIS results format; returns how many."""
         lines = [_line(row, f"detections: row {n}") for n, row in enumerate(rows)]
+        lines = [line for line in lines if line["image_id"] not in self._seen]
+        self._seen.update(line["image_id"] for line in lines)
         self._file.write(_encoded(lines))
         self._file.flush()
         return len(lines)

@@ -23,14 +23,27 @@ def _covers(counts: Any, pixels: int) -> bool:
     return sum(counts) == pixels and min(counts) >= 0
 
 # %% ../nbs/10_encoded_masks.ipynb #5d947e39
+_FAR = 1e6  # pixels: no image has so many in a row
+
+
+def _is_near(points: Any) -> bool:
+    """Whether all coordinates are numbers that an image can have near it."""
+    try:
+        return all(abs(x) <= _FAR for x in points)  # false for nan
+    except TypeError:
+        return False
+
+
 def _fault(mask: Any, size: Sequence[int]) -> str:
     """What is wrong with a mask, "" for nothing; a text is not looked into."""
-    if not mask or not isinstance(mask, (dict, list)):
+    if not isinstance(mask, (dict, list)) or not mask:
         return f"segmentation, RLE or polygons, got {mask!r}"
     if isinstance(mask, list):
         sizes = [len(part) if isinstance(part, (list, tuple)) else 1 for part in mask]
-        whole = max(sizes) >= 6 and not any(n % 2 for n in sizes)
-        return "" if whole else f"polygons of 6, 8, 10 … numbers, got {sizes}"
+        if max(sizes) < 6 or any(n % 2 for n in sizes):
+            return f"polygons of 6, 8, 10 … numbers, got {sizes}"
+        near = all(map(_is_near, mask))
+        return "" if near else f"polygons of numbers up to {_FAR:g}, got {mask}"
     if [*(mask.get("size") or ())] != size:
         return f"an RLE of size {size} as its image, got {mask.get('size')}"
     counts, pixels = mask.get("counts"), math.prod(size)

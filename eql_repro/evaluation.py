@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .counts import image_counts, require
+from .counts import _check_listed, image_counts, require
 from .detections import read_detections, read_lists, row_numbers
 from .encoded_masks import check_masks
 
@@ -33,8 +33,9 @@ def _fields(row: dict, kind: str, *names: str) -> dict:
     return {name: row[name] for name in names}
 
 # %% ../nbs/10_evaluation.ipynb #aa44968c
+_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 _WANTED = {
-    "images": "id height width neg_category_ids not_exhaustive_category_ids".split(),
+    "images": ["id", "height", "width", *_LISTS],
     "categories": "id name frequency".split(),
     "annotations": "id image_id category_id bbox area iscrowd ignore".split(),
 }
@@ -66,21 +67,32 @@ def _annotation(row: dict, masks: bool) -> dict:
         new["segmentation"] = row.get("segmentation")
     return new
 
-# %% ../nbs/10_evaluation.ipynb #d6f7bf74
+
+def _check_lists(images: list[dict], categories: list[dict]) -> None:
+    """Raise for a list of an image that is none, or names an unknown category."""
+    known = {row["id"]: row for row in categories}
+    for key in _LISTS:
+        if no := [r["id"] for r in images if not isinstance(r[key], (list, tuple))]:
+            raise ValueError(f"ground_truth: {key} of image {no[0]!r} is not a list")
+        ids = (i for row in images for i in row[key])
+        _check_listed(f"ground_truth: {key}", ids, known, "category_ids")
+
+# %% ../nbs/10_evaluation.ipynb #315dcae2
 def _read_truth(source: Any, masks: bool, lists: bool = True) -> dict[str, list[dict]]:
     """What evaluation reads, in fresh rows; categories by rising id.
 
     lists: whether an image must have both lists; absent ones are [] otherwise.
     """
     source, sides = _source(source, masks), ("height", "width") if masks else ()
-    both = "neg_category_ids", "not_exhaustive_category_ids"
     images = [
-        _fields(r, "image", "id", *both[: 2 * lists], *sides) for r in source["images"]
+        _fields(r, "image", "id", *_LISTS[: 2 * lists], *sides)
+        for r in source["images"]
     ]
     for image, row in zip(images, source["images"], strict=True):
-        image |= {key: row.get(key) or [] for key in both}
+        image |= {key: row.get(key) or [] for key in _LISTS}
     names = "id", "name", "frequency"
     categories = [_fields(row, "category", *names) for row in source["categories"]]
+    _check_lists(images, categories)
     if unknown := {c["frequency"] for c in categories} - set("rcf"):
         raise ValueError(f"ground_truth: frequency must be r, c or f, got {unknown}")
     categories.sort(key=lambda row: row["id"])
@@ -260,7 +272,7 @@ def evaluate_lvis(
     ValueError for an unknown option, a missing field or id, or a number not finite;
     TypeError for negatives of another type.
     """
-    if engine not in _ENGINES:
+    if engine not in [*_ENGINES]:
         raise ValueError(f"engine: got {engine!r}, expected one of {[*_ENGINES]}")
     if not isinstance(negatives, (Integral, type(None))):
         raise TypeError(f"negatives: got {negatives!r}, expected a whole number")
@@ -366,6 +378,8 @@ def detection_calibration(
     place = _iou_place(iou)
     if bins < 1:
         raise ValueError(f"bins: got {bins!r}, expected at least 1")
+    if not groups or {*groups} - set("rcf"):
+        raise ValueError(f"groups: got {groups!r}, expected letters of r, c and f")
     parts = _only(groups, *_read(ground_truth, detections, [iou_type]))
     evaluation = _matched(*parts, iou_type)
     threshold = evaluation.params.iou_thrs[place]

@@ -110,16 +110,19 @@ def plot_group_bars(
 ) -> Axes:
     """A cluster of bars per method, a bar per group.
 
-    values: method to {group: value}. errors: the same, half the length of error bars.
-    Raises: ValueError for a group without a colour.
+    values: method to {group: value}; where a group is missing, so is the bar. errors:
+    the same, half the length of error bars. Raises: ValueError for no group, or for a
+    group without a colour.
     """
     ax = _axes(ax, "", ylabel)
-    groups = list(next(iter(values.values())))
+    groups = [*dict.fromkeys(group for own in values.values() for group in own)]
+    if not groups:
+        raise ValueError(f"values must hold a method with a group, got {values!r}")
     for i, group in enumerate(groups):
         style = _group_style(group)
         place = np.arange(len(values)) + (i - (len(groups) - 1) / 2) * 0.8 / len(groups)
-        height = [values[m][group] for m in values]
-        error = [errors[m][group] for m in values] if errors else None
+        height = [values[m].get(group, np.nan) for m in values]
+        error = [errors[m].get(group, 0) for m in values] if errors else None
         bars = dict(color=style["color"], label=group, yerr=error, capsize=2)
         ax.bar(place, height, 0.8 / len(groups), **bars)
     ax.set_xticks(range(len(values)), list(values))
@@ -240,11 +243,17 @@ def plot_table(frame: pd.DataFrame, digits: int = 1) -> MarkdownTable:
     """
 
     def text(value: object) -> str:
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return "–"
         if isinstance(value, float):
-            return "–" if np.isnan(value) else f"{value:.{digits}f}"
-        return str(value).replace("|", "\\|").replace(" ± ", "\N{NBSP}±\N{NBSP}")
+            return f"{value:.{digits}f}"
+        value = " ".join(str(value).split("\n")).replace("|", "\\|")
+        return value.replace(" ± ", "\N{NBSP}±\N{NBSP}")
 
     kinds = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
-    rows = [list(frame.columns), ["--:" if number else "---" for number in kinds]]
+    rows = [
+        [text(name) for name in frame.columns],
+        ["--:" if number else "---" for number in kinds],
+    ]
     rows += [[text(v) for v in row] for row in frame.itertuples(index=False)]
     return MarkdownTable("\n".join("| " + " | ".join(row) + " |" for row in rows))

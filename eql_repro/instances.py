@@ -248,7 +248,10 @@ class InstanceSet(Dataset):
         return self.annotations.aspect_ratios[self.images]
 
     def to_lvis(self) -> dict:
-        """The truth as evaluation wants it: the file's rows of the items."""
+        """The truth as evaluation wants it: the file's rows of the items.
+
+        With masks, objects without one are left out, as they were in reading.
+        """
         return _truth(self.annotations, self.images)
 
 # %% ../nbs/08_instances.ipynb #3a342fb9

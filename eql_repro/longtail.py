@@ -124,7 +124,8 @@ def _lambda_for(counts: Tensor, total: int | Tensor, count, ratio) -> float:
     found = [tail_ratio(counts, counts <= n) for n in cuts]
     best = min(range(len(cuts)), key=lambda i: abs(found[i] - ratio))
     if best == 0 and ratio > 0:
-        nearest = f"the smallest that is not empty has {found[1]:.3g}"
+        least = min((x for x in found if x > 0), default=0)
+        nearest = f"the smallest that is not empty has {least:.3g}"
         warnings.warn(
             f"tail_ratio={ratio:g}: empty tail, λ = 0; {nearest}", stacklevel=3
         )
@@ -156,6 +157,7 @@ def threshold_gompertz(
 # %% ../nbs/01_longtail.ipynb #2bf49fb1
 def _vector(value, name: str) -> Tensor:
     """Read numbers from a tensor, an array or a sequence as a 1-D CPU tensor."""
+    value = value.to_numpy().copy() if hasattr(value, "to_numpy") else value  # pandas
     try:
         x = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -168,6 +170,18 @@ def _vector(value, name: str) -> Tensor:
     if len(bad := x[~x.isfinite() | (x < 0) | (x != x.long())]):
         raise ValueError(f"{name} must be finite whole numbers from 0, got {bad[0]}")
     return x.to(torch.int64, copy=True)  # what is given may be changed later
+
+# %% ../nbs/01_longtail.ipynb #4198925f
+def _check_order(counts) -> None:
+    """Raise for a Series of pandas whose classes are not 0, 1, … in turn."""
+    index = getattr(counts, "index", None)
+    if getattr(getattr(index, "dtype", None), "kind", "") not in ("i", "u"):
+        return
+    if [*index] != [*range(len(index))]:
+        cure = "reindex(range(C), fill_value=0) puts them in order"
+        raise ValueError(
+            f"counts must be of classes 0, 1, …, got {[*index[:5]]}; {cure}"
+        )
 
 
 def _check_total(counts: Tensor, total: int | None) -> Tensor:
@@ -263,6 +277,7 @@ class ClassFrequency:
     """
 
     def __init__(self, counts, total: int | None = None, names=None):
+        _check_order(counts)
         self.counts = _vector(counts, "counts")
         self.total = _check_total(self.counts, total)
         self.names = _check_names(names, len(self))

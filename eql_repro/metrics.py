@@ -22,13 +22,19 @@ def _check(scores: Tensor, labels: Tensor) -> None:
             f"scores, labels: got shapes {tuple(scores.shape)} and "
             f"{tuple(labels.shape)}, expected [N, C] and [N]"
         )
+    if scores.isnan().any():
+        n = int(scores.isnan().any(1).sum())
+        raise ValueError(f"scores: got NaN for {n} of {len(labels)} images")
+    C = scores.shape[1]
+    if len(bad := labels[(labels < 0) | (labels >= C)]):
+        raise ValueError(f"labels: got {bad[0]}, expected 0 to {C - 1}")
 
-
+# %% ../nbs/10_metrics.ipynb #3434ea73
 def top_k(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Fraction of images whose label is among the k largest scores.
 
     scores: float [N, C]; labels: int64 [N] in [0, C). Raises ValueError for wrong
-    shapes or k outside [1, C]. Tables 7 to 10 of the paper (there in percent).
+    shapes, NaN, a label or k out of range. Tables 7 to 10 of the paper (in percent).
     """
     _check(scores, labels)
     if not 1 <= k <= scores.shape[1]:
@@ -84,7 +90,11 @@ def calibration(scores: Tensor, labels: Tensor, bins: int = 10) -> dict[str, lis
     empty. Guo et al. (2017).
     """
     _check(scores, labels)
+    if bins < 1:
+        raise ValueError(f"bins: got {bins!r}, expected at least 1")
     top, predicted = scores.double().max(1)
+    if len(bad := top[(top < 0) | (top > 1.001)]):  # the sum of a softmax is rounded
+        raise ValueError(f"scores: got {bad[0]:.3g}, expected probabilities in [0, 1]")
     place = (top * bins).long().clamp(0, bins - 1)
     confidence = class_mean(top, place, bins).tolist()
     accuracy = class_mean((predicted == labels).double(), place, bins).tolist()
@@ -105,8 +115,9 @@ def classification_results(
     per class, int64 [C]. A class without images is None, a group without an image is
     left out. The entry "groups" of the calibration has that of each group's images.
     """
-    C = scores.shape[1]
-    accuracy = class_accuracy(scores, labels, C)
+    accuracy = class_accuracy(scores, labels, C := scores.shape[1])
+    if len(counts) != C:
+        raise ValueError(f"counts: got {len(counts)}, expected {C}, one for each class")
     groups = ClassFrequency(counts).groups("classification")
     by_group = group_accuracy(accuracy, {k: m for k, m in groups.items() if m.any()})
     by_group = {k: v for k, v in by_group.items() if k != "all" and v == v}

@@ -143,7 +143,8 @@ def _pairs(labels: Tensor | Sequence, num_classes: int) -> tuple[Tensor, Tensor]
     n, C = len(labels), _whole(num_classes, "num_classes", 1)
     _whole(n, "the number of images in labels", 1)
     image, class_ = _flat(labels)
-    if C > 2 and getattr(labels, "shape", ()) == (n, C) and (class_ <= 1).all():
+    whole = len(image) == n * C and (image.bincount(minlength=n) == C).all()
+    if C > 2 and whole and (class_ <= 1).all():
         raise ValueError(
             f"labels must be class ids, got a matrix [{n}, {C}] of 0 and 1; of a "
             "multi-hot row take row.nonzero()[:, 0]"

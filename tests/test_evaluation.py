@@ -347,6 +347,9 @@ SHAPES = {
     "seven numbers": [[1, 2, 3, 4, 5, 6, 7]],
     "flat": [1, 2, 3, 4, 5, 6],
     "nothing": [[]],
+    "no number": [[1, 1, 9, 1, 9, math.nan]],
+    "far away": [[1, 1, 9, 1, 9, 1e8]],
+    "text": [[1, 1, 9, 1, 9, "9"]],
 }
 
 
@@ -505,6 +508,7 @@ def test_a_killed_writer_leaves_whole_rows_and_a_clear_error(tmp_path):
         ({"category_id": 9}, "image_id 5 or category_id 9 of row 1"),
         ({"segmentation": None}, "row 1 must hold segmentation"),
         ({"segmentation": 5}, "row 1 must hold segmentation"),
+        ({"segmentation": torch.ones(2, 2)}, "row 1 must hold segmentation"),
         (
             {"segmentation": {"counts": "ab"}},
             r"row 1 must hold an RLE of size .*, got None",
@@ -524,6 +528,9 @@ def test_wrong_detections(change, message):
     ("key", "change", "message"),
     [
         ("images", {"neg_category_ids": None}, r"image 5 has no \['neg_category_ids'"),
+        ("images", {"neg_category_ids": [0]}, r"neg_category_ids: .*not listed: 0"),
+        ("images", {"neg_category_ids": ["2"]}, "neg_category_ids: .*not listed: 2"),
+        ("images", {"not_exhaustive_category_ids": 2}, "of image 5 is not a list"),
         ("images", {"height": None}, r"image 5 has no \['height'"),
         ("categories", {"frequency": None}, r"category 1 has no \['frequency'"),
         ("categories", {"frequency": "x"}, "frequency must be r, c or f"),
@@ -568,6 +575,11 @@ def test_wrong_sources_and_options(tmp_path):
         evaluate_lvis(tmp_path / "none.json", rows)
     with pytest.raises(ValueError, match="engine: got 'coco'"):
         evaluate_lvis(truth, rows, engine="coco")
+    with pytest.raises(ValueError, match=r"engine: got \['lvis'\]"):
+        evaluate_lvis(truth, rows, engine=["lvis"])
+    for groups in ("", "frequent"):
+        with pytest.raises(ValueError, match=f"groups: got '{groups}'"):
+            detection_calibration(truth, rows, groups=groups)
     for kinds in ("bbox", ["keypoints"]):
         with pytest.raises(ValueError, match="iou_types: got"):
             evaluate_lvis(truth, rows, kinds)
@@ -605,7 +617,28 @@ def test_detections_from_wrong_outputs():
     with pytest.raises(ValueError, match="zip"):
         detections_from([output | {"scores": torch.ones(2)}], [3], [7, 8])
     assert len(detections_from([output, output], [3, 3], [7, 8])) == 1  # padding
+    for masks in (torch.ones(1, 1, 9, 9), np.ones((1, 9, 9))):
+        with pytest.raises(ValueError, match="masks must be RLE or polygons, got a"):
+            detections_from([output | {"masks": masks}], [3], [7, 8])
     assert torch.equal(output["boxes"], torch.zeros(1, 4))
+
+
+def test_a_mask_of_pixels_is_not_written(tmp_path):
+    with DetectionWriter(tmp_path / "rows.jsonl") as writer:
+        with pytest.raises(ValueError, match="row 1 must hold RLE or polygons, got a"):
+            writer.write([guess(), guess() | {"segmentation": torch.ones(9, 9)}])
+        assert writer.write([guess() | {"segmentation": None}]) == 1
+
+
+def test_an_image_that_comes_again_is_written_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with DetectionWriter(path) as writer:
+        counts = [writer.write([guess(), guess(2)]), writer.write([])]
+        counts += [writer.write([guess()]), writer.write([guess(image=6)])]
+    assert counts == [2, 0, 0, 1]
+    path.write_text(path.read_text() + "\n \n")  # blank lines hold no row
+    assert merge_detections([path], tmp_path / "all.jsonl") == 3
+    assert len(read_detections(tmp_path / "all.jsonl")[0]) == 3
 
 
 # What looks behind AP

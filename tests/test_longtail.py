@@ -51,6 +51,24 @@ def test_lvis(version, images, total, sizes):
     assert torch.equal(frequency.f, frequency.counts.double() / total)
 
 
+def test_a_series_of_pandas_keeps_its_classes():
+    pd = pytest.importorskip("pandas")
+    labels = pd.Series([0, 1, 1, 2, 1])
+    with pytest.raises(ValueError, match=r"classes 0, 1, …, got \[1, 0, 2\]; reindex"):
+        ClassFrequency(labels.value_counts())
+    counted = labels.value_counts().reindex(range(4), fill_value=0)
+    assert ClassFrequency(counted).counts.tolist() == [1, 3, 1, 0]
+    named = pd.Series({"cat": 5, "ant": 7})
+    assert ClassFrequency(named).counts.tolist() == [5, 7]
+    part = ClassFrequency.from_labels(labels[labels > 0])
+    assert part.counts.tolist() == [0, 3, 1]
+
+
+def test_an_empty_tail_names_the_smallest_ratio_above_0():
+    with pytest.warns(UserWarning, match="that is not empty has 0.04"):
+        assert ClassFrequency([0, 40, 60, 900]).lambda_for(tail_ratio=0.01) == 0
+
+
 def test_from_annotations_reads_a_path_and_a_dict(tmp_path):
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(COCO))

@@ -32,6 +32,28 @@ def test_k_is_at_most_the_number_of_classes(k):
         top_k(torch.zeros(2, 4), torch.zeros(2).long(), k)
 
 
+def test_scores_and_labels_that_say_nothing_are_refused():
+    labels = torch.tensor([0, 0, 0, 1, 2])
+    counts, sure = torch.tensor([500, 50, 5]), torch.eye(3)[labels]
+    lost = sure.clone()
+    lost[3] = torch.nan
+    for measure in (top_k, calibration):
+        with pytest.raises(ValueError, match="scores: got NaN for 1 of 5 images"):
+            measure(lost, labels)
+        with pytest.raises(ValueError, match="labels: got 3, expected 0 to 2"):
+            measure(sure, labels + 1)
+        with pytest.raises(ValueError, match="labels: got -1, expected 0 to 2"):
+            measure(sure, labels - 1)
+    for scores in (30 * sure, -sure):
+        with pytest.raises(ValueError, match="expected probabilities in"):
+            calibration(scores - 1, labels)
+    with pytest.raises(ValueError, match="bins: got 0"):
+        calibration(sure, labels, bins=0)
+    with pytest.raises(ValueError, match="counts: got 2, expected 3"):
+        classification_results(sure, labels, counts[:2])
+    assert classification_results(sure, labels, counts)["metrics"]["top1"] == 1
+
+
 def test_results_are_json_though_a_class_and_a_group_have_no_images():
     scores, labels = torch.eye(3)[:2], torch.arange(2)
     results = classification_results(scores, labels, torch.tensor([500, 50, 5]))

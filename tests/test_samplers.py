@@ -367,6 +367,11 @@ BAD = {
         "labels must be class ids, got a matrix [3, 3] of 0 and 1; of a multi-hot row "
         "take row.nonzero()[:, 0]",
     ),
+    "multi-hot rows": (
+        lambda: class_members([[0, 1, 1], [1, 0, 0]], 3),
+        "labels must be class ids, got a matrix [2, 3] of 0 and 1; of a multi-hot row "
+        "take row.nonzero()[:, 0]",
+    ),
     "num_replicas": (
         lambda: OrderSampler(ok, num_replicas=0),
         "num_replicas must be at least 1, got 0",
