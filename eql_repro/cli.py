@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from . import __version__
@@ -158,7 +159,7 @@ def resumable(folders: Iterable[Path]) -> Iterator[None]:
         print(f"\neql: {stop}; go on with", file=sys.stderr)
         for folder in folders:
             if (folder / "checkpoint.pt").is_file():
-                print(f"  eql resume {folder}", file=sys.stderr)
+                print(f"  eql resume {quote(str(folder))}", file=sys.stderr)
         raise SystemExit(130) from None
 
 # %% ../nbs/18_cli.ipynb #4f460787
@@ -206,7 +207,9 @@ def run(
 
 # %% ../nbs/18_cli.ipynb #b79998b8
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")], data: Data = None
+) -> None:
     """Continue an unfinished run from its checkpoint."""
     if (folder / "record.json").is_file():
         raise ValueError(f"folder: the run in {folder} is finished")
@@ -218,6 +221,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> No
         once = training.run_folder("", *runs[0])
         raise ValueError(f"folder: {folder} was {once} once; rename it")
     options = training.Options(**state.get("options", {}) | {"minutes": 0})
+    options = replace(options, data=data or options.data)
     with resumable([folder]), progress(runs, "resume") as bar:
         training.train(runs, out, options, bar=bar)
     print(results([folder]).to_string())

@@ -59,10 +59,11 @@ def _load_files(recipe: Recipe, data: str | None, stem: str) -> tuple[Dataset, D
     root = data_folder(recipe, data)
     files = [find_part(root, f"{stem}{split}.json") for split in ("train", "val")]
     if absent := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"data: {absent[0]} is not there; `eql data check {root}` says what is "
-            "missing and where it is to be had"
+        check = (
+            f"`eql data check {root}` says what is missing and where it is to be had"
         )
+        cure = check if stem else "expected train.json and val.json as LVIS has them"
+        raise FileNotFoundError(f"data: {absent[0]} is not there; {cure}")
     options = {"masks": "faster" not in recipe.network}
     folders = [image_folders(root, file) for file in files]
     train = InstanceSet(files[0], folders[0], empty="drop", **options)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TASKS', 'OPTIMIZERS', 'PROGRESS', 'learning_rate', 'Lane', 'build_lane', 'set_up_step', 'step',
-           'lane_parts', 'lane_state', 'save_checkpoint', 'load_checkpoint', 'measure']
+           'lane_parts', 'lane_state', 'save_checkpoint', 'load_checkpoint', 'known_data', 'check_data', 'measure']
 
 # %% ../nbs/14_lanes.ipynb #187bb472
+import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,28 @@ def load_checkpoint(lane: Lane, accelerator: Any) -> None:
             setattr(lane, name, state[name])
         if source not in lane.source.split("+"):
             lane.source += f"+{source}"
+
+# %% ../nbs/14_lanes.ipynb #de36aa3c
+def known_data(task: Any) -> dict[str, Any]:
+    """What `run.json` says of a task's data."""
+    f, ids = task.frequency, getattr(task.test, "category_ids", torch.tensor([]))
+    known = {"category_ids": ids.tolist(), "names": [*f.names]}
+    return known | {"counts": f.counts.tolist(), "total": int(f.total)}
+
+
+def check_data(folder: Path, task: Any, *keys: str) -> None:
+    """Raise ValueError where a run began with other data than it is given now.
+
+    keys: of `known_data` that are compared, all of them by default.
+    """
+    path, now = folder / "run.json", known_data(task)
+    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    for key in keys or now:
+        both = found.get(key, now[key]), now[key]
+        pair = [x if isinstance(x, list) else [x] for x in both]
+        if differ := [(a, b) for a, b in zip_longest(*pair) if a != b]:
+            was = f"{differ[0][0]} when {folder} began, is {differ[0][1]} now"
+            raise ValueError(f"data: an entry of {key} was {was}")
 
 # %% ../nbs/14_lanes.ipynb #27f56cad
 def measure(lane: Lane, accelerator: Any, workers: int = 0, last: bool = True) -> dict:

@@ -21,7 +21,7 @@ from .detections import DetectionWriter, detections_from
 from .detector import Detector
 from .evaluation import draw_detections
 from .instances import read_image
-from .lanes import TASKS
+from .lanes import TASKS, check_data
 from .provenance import write_json
 from .recipe import read_run
 from .training import load_run, make_accelerator
@@ -33,11 +33,13 @@ def evaluate_run(
     """Results of a finished run on its test images, as its record has them.
 
     data: the data's folder, where the recipe needs one. Raises ValueError where the run
-    is not finished, a file of it is broken, or the data is not given.
+    is not finished, a file of it is broken, or the data is not given or of other
+    categories.
     """
     model, recipe = load_run(folder)
     accelerator = make_accelerator(recipe.precision)
     task = TASKS[recipe.data](recipe, data)
+    check_data(Path(folder), task, "category_ids", "names")
     loss = build_loss(recipe, task.frequency)
     model = model.to(accelerator.device)
     with tempfile.TemporaryDirectory() as room:

@@ -11,6 +11,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +93,39 @@ class Recipe:
     def __post_init__(self) -> None:
         check_recipe(self)
 
-# %% ../nbs/13_recipe.ipynb #6308a9ca
+# %% ../nbs/13_recipe.ipynb #049c9957
+_KINDS = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+    str: (str, "text"),
+    bool: (bool, "True or False"),
+}
+_AT_LEAST_0 = (
+    "lambda_", "background", "reweight_from", "clip", "lr", "warmup_lr", "drop",
+    "momentum", "weight_decay",
+)  # fmt: skip
+
+
+def _need(recipe: Any, good: bool, field: str, expected: str) -> None:
+    if not good:
+        who, got = f"{field} of recipe {recipe.name!r}", getattr(recipe, field)
+        raise ValueError(f"{who}: got {got!r}, expected {expected}")
+
+
+def _check_kinds(recipe: Any) -> None:
+    """Raise for a field that holds another kind of value."""
+    for field in fields(recipe):
+        kind, expected = _KINDS.get(field.type, (object, ""))
+        value = getattr(recipe, field.name)
+        good = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        good = kind is object or good and (kind is not Real or math.isfinite(value))
+        _need(recipe, good, field.name, expected)
+
+# %% ../nbs/13_recipe.ipynb #981558ae
 def check_recipe(recipe: Recipe) -> None:
     """Raise ValueError naming the first field whose value cannot be trained."""
-
-    def need(good: bool, field: str, expected: str) -> None:
-        if not good:
-            got = getattr(recipe, field)
-            raise ValueError(
-                f"{field} of recipe {recipe.name!r}: got {got!r}, expected {expected}"
-            )
-
+    _check_kinds(recipe)
+    need, last = partial(_need, recipe), recipe.iterations
     words = recipe.name.replace("_", "").replace("-", "")
     need(words.isalnum(), "name", "letters, digits, '_' and '-'")
     for field, known in CHOICES.items():
@@ -109,12 +133,19 @@ def check_recipe(recipe: Recipe) -> None:
     need(0 <= recipe.gamma <= 1, "gamma", "a number in [0, 1]")
     for field in ("num_classes", "iterations", "batch", "evaluations"):
         need(getattr(recipe, field) >= 1, field, "at least 1")
-    for field in ("lambda_", "background", "reweight_from", "clip"):
-        need(0 <= getattr(recipe, field) < math.inf, field, "finite and at least 0")
+    for field in _AT_LEAST_0:
+        need(getattr(recipe, field) >= 0, field, "at least 0")
+    need(recipe.repeat_threshold > 0, "repeat_threshold", "above 0")
     no_room = recipe.loss in SOFTMAX and recipe.background
     need(not no_room, "background", "0 for a softmax loss")
-    need(0 <= recipe.warmup < recipe.iterations, "warmup", "less than iterations")
-    drops = (0, *recipe.milestones, recipe.iterations)
+    if recipe.data in DETECTED:
+        need(not recipe.background, "background", "0 for a detector")
+        need({*recipe.augment} <= {"flip"}, "augment", "('flip',) or () for a detector")
+    again = recipe.reweight_from
+    need(not again or recipe.loss == "ldam", "reweight_from", "0, but for ldam")
+    need(again < last, "reweight_from", "less than iterations")
+    need(0 <= recipe.warmup < last, "warmup", "less than iterations")
+    drops = (0, *recipe.milestones, last)
     need(drops == tuple(sorted(set(drops))), "milestones", "rising, inside the run")
 
 # %% ../nbs/13_recipe.ipynb #d238ee02

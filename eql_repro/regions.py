@@ -287,6 +287,17 @@ def _check_ids(labels: Tensor, name: str, classes: int) -> None:
     if len(wrong := labels[(labels < 0) | (labels >= classes)]):
         raise ValueError(f"{name} must be in [0, {classes}), got {int(wrong[0])}")
 
+
+def _check_boxes(boxes: Tensor, image: Tensor, name: str) -> None:
+    """Raise unless boxes are float and have an area and a part in the image."""
+    if not boxes.is_floating_point():
+        raise TypeError(f"{name} must be float, got {boxes.dtype}")
+    low, high, size = boxes[:, :2], boxes[:, 2:], boxes.new_tensor(image.shape[:-3:-1])
+    good = (low < high) & (low < size) & (high > 0) & (high - low).isfinite()
+    if len(wrong := boxes[~good.all(1)]):
+        want = f"finite, in the image, x1 < x2 and y1 < y2, got {wrong[0].tolist()}"
+        raise ValueError(f"{name} must be {want}")
+
 # %% ../nbs/11_regions.ipynb #2d290f80
 def check_targets(
     targets: Sequence[dict], images: Sequence[Tensor], fields: set[str], classes: int
@@ -294,29 +305,27 @@ def check_targets(
     """Raise ValueError or TypeError for targets that do not fit their images.
 
     `targets`: one dict per image with `labels` int64 [N] in [0, C), `boxes` float
-    [N, 4], xyxy, with an area, and `masks` [N, H, W] in [0, 1]; `images`: [3, H, W];
-    `fields`: those that must be there; `classes`: C.
+    [N, 4], xyxy, with an area and a part in the image, and `masks` [N, H, W] in [0, 1];
+    `images`: [3, H, W]; `fields`: those that must be there; `classes`: C.
     """
     if targets is None or len(targets) != len(images):
         raise ValueError(f"targets must be one dict for each of {len(images)} images")
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
         if missing := sorted(fields - target.keys()):
             raise ValueError(f"targets[{i}] must hold {missing}, got {sorted(target)}")
-        n, boxes = len(target["labels"]), target["boxes"]
+        if no := [name for name in fields if not isinstance(target[name], Tensor)]:
+            raise TypeError(f"targets[{i}]: {no[0]} must be a tensor")
+        n = len(target["labels"])
         shapes = {"labels": (n,), "boxes": (n, 4), "masks": (n, *image.shape[-2:])}
         for name in sorted(fields & shapes.keys()):
             if (got := target[name].shape) != (want := shapes[name]):
                 raise ValueError(f"targets[{i}]: {name} must be {want}, got {[*got]}")
-        if not boxes.is_floating_point():
-            raise TypeError(f"targets[{i}]: boxes must be float, got {boxes.dtype}")
         for name in sorted(fields & {"labels", "neg_labels"}):
             _check_ids(target[name], f"targets[{i}]: {name}", classes)
-        good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if len(wrong := boxes[~good]):
-            want = f"finite, x1 < x2 and y1 < y2, got {wrong[0].tolist()}"
-            raise ValueError(f"targets[{i}]: boxes must be {want}")
+        _check_boxes(target["boxes"], image, f"targets[{i}]: boxes")
         if n and "masks" in fields:
-            ends = target["masks"].min().item(), target["masks"].max().item()
+            ends = torch.stack([target["masks"].min(), target["masks"].max()])
+            ends = tuple(ends.tolist())  # the device is waited for once
             if not 0 <= ends[0] <= ends[1] <= 1:
                 raise ValueError(f"targets[{i}]: masks must be 0 and 1, got {ends}")
 

@@ -34,6 +34,8 @@ from eql_repro.lanes import (
     TASKS,
     Lane,
     build_lane,
+    check_data,
+    known_data,
     learning_rate,
     load_checkpoint,
     measure,
@@ -407,7 +409,11 @@ def open_accelerator(runs: Sequence, out: str | Path, options: Options) -> Any:
 
 # %% ../nbs/14_training.ipynb #8b77480f
 def open_lane(lane: Lane, accelerator: Any) -> Lane:
-    """A lane that was built, continued from its checkpoint where there is one."""
+    """A lane that was built, continued from its checkpoint where there is one.
+
+    Raises ValueError where its run began on other data.
+    """
+    check_data(lane.folder, lane.task)
     lane.source = run_source(lane.recipe)
     load_checkpoint(lane, accelerator)
     return lane
@@ -425,10 +431,8 @@ def write_start(lane: Lane, options: Options, accelerator: Any) -> None:
     if accelerator.is_main_process:
         what = {"recipe": asdict(lane.recipe), "seed": lane.seed}
         what |= {"devices": devices_of(lane.folder, accelerator.device)}
-        ids = getattr(lane.task.test, "category_ids", torch.tensor([])).tolist()
-        what |= {"options": asdict(options), "category_ids": ids}
-        f = lane.task.frequency
-        what |= {"names": f.names, "counts": f.counts.tolist(), "total": int(f.total)}
+        data = options.data and str(Path(options.data).resolve())
+        what |= {"options": asdict(options) | {"data": data}} | known_data(lane.task)
         write_json(lane.folder / "run.json", what | {"provenance": provenance()})
 
 # %% ../nbs/14_training.ipynb #f5d7bee5

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("typer", reason="needs eql_repro[run]")
-from eql_repro import __version__  # noqa: E402
+from eql_repro import __version__, cli  # noqa: E402
 from eql_repro.cli import main  # noqa: E402
 from eql_repro.recipes import find_recipe  # noqa: E402
 from eql_repro.records import project_root  # noqa: E402
-from eql_repro.training import train  # noqa: E402
+from eql_repro.training import Interrupted, train  # noqa: E402
 
 EQL = [sys.executable, "-m", "eql_repro"]
 LVIS = Path(os.environ.get("EQL_DATA", "")) / "lvis_v0.5_val_64/lvis_v0.5_val_64.json"
@@ -33,6 +33,14 @@ slow = Recipe("slow", data="crops", num_classes=5, imbalance=10, network="resnet
 def eql(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [*EQL, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_a_folder_with_a_space_is_quoted(tmp_path, capsys):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "checkpoint.pt").touch()
+    with pytest.raises(SystemExit), cli.resumable([tmp_path / "a b"]):
+        raise Interrupted("stopped after iteration 3")
+    assert f"eql resume '{tmp_path}/a b'\n" in capsys.readouterr().err
 
 
 def test_interrupt_then_resume_then_refuse(tmp_path):

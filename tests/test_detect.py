@@ -21,7 +21,7 @@ from eql_repro.detect import Detection, grouped_order, merged
 from eql_repro.detections import DetectionWriter, read_detections
 from eql_repro.evaluation import evaluate_lvis
 from eql_repro.instances import read_annotations
-from eql_repro.predict import predict
+from eql_repro.predict import evaluate_run, predict
 from eql_repro.recipe_detect import POCKET
 from eql_repro.scenes import Scenes, export_scenes
 from eql_repro.training import Options, check_runs, load_run, train
@@ -169,6 +169,11 @@ def test_predictions_have_the_category_ids_of_the_data(tmp_path):
     listed = json.loads(file.with_name("images.json").read_text())["categories"]
     assert found and found <= {*ids} and [row["id"] for row in listed] == ids
     assert state["category_ids"] == ids and len(state["counts"]) == 30
+    truth["categories"][0]["name"], truth["categories"][1]["name"] = "b", "a"
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="data: an entry of names was .*, is b now"):
+        evaluate_run(folder, str(tmp_path))
     Image.new("RGB", (80, 1)).save(tmp_path / "line.png")
     Image.new("RGB", (5000, 1)).save(tmp_path / "long.png")
     predict(folder, [tmp_path / "line.png"], tmp_path / "thin")  # a pixel is left

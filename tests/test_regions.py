@@ -308,6 +308,11 @@ def good_target():
         ({"neg_labels": torch.tensor([1.0])}, TypeError, "neg_labels must be int64"),
         ({"boxes": torch.tensor([[1.0, 1, 1, 6]])}, ValueError, "x1 < x2"),
         ({"boxes": torch.tensor([[1.0, 1, 5, float("nan")]])}, ValueError, "finite"),
+        ({"boxes": torch.tensor([[128.0, 1, 140, 6]])}, ValueError, "in the image"),
+        ({"boxes": torch.tensor([[1.0, 96, 5, 104]])}, ValueError, "in the image"),
+        ({"boxes": torch.tensor([[-9.0, 1, 0, 6]])}, ValueError, "in the image"),
+        ({"boxes": [[1.0, 1, 5, 6]]}, TypeError, "boxes must be a tensor"),
+        ({"labels": [2]}, TypeError, "labels must be a tensor"),
         ({"masks": torch.zeros(1, 9, 9)}, ValueError, "masks must be"),
         ({"masks": torch.full((1, *SIZE), 255)}, ValueError, r"got \(255, 255\)"),
         ({"masks": torch.full((1, *SIZE), -1)}, ValueError, "be 0 and 1"),
@@ -319,6 +324,8 @@ def test_targets_that_do_not_fit_are_named(change, error, message):
     images, fields = [torch.zeros(3, *SIZE)] * 2, {"boxes", "labels", "masks"}
     fields |= {"neg_labels"}
     check_targets([good_target()] * 2, images, fields, 3)
+    over = good_target() | {"boxes": torch.tensor([[-3.0, -3, 140, 140]])}
+    check_targets([over] * 2, images, fields, 3)
     with pytest.raises(error, match=message) as caught:
         check_targets([good_target(), {**good_target(), **change}], images, fields, 3)
     assert "targets[1]" in str(caught.value)

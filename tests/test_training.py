@@ -106,21 +106,70 @@ def test_runs_side_by_side_equal_runs_alone(tmp_path, whole):
     assert not equal(weights(folders[1]), weights(whole))
 
 
+class StopAt30:
+    """A progress bar that asks the run to stop after its iteration 30."""
+
+    images = 0
+
+    def update(self, n):
+        self.images += n
+        if self.images == 30 * TINY.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_interrupt_leaves_a_resumable_run(tmp_path, whole):
-    class Bar:
-        images = 0
-
-        def update(self, n):
-            self.images += n
-            if self.images == 30 * TINY.batch:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted, match="iteration 30"):
-        train([(TINY, 0)], tmp_path, bar=Bar())
+        train([(TINY, 0)], tmp_path, bar=StopAt30())
     folder = run_folder(tmp_path, TINY, 0)
     assert iteration(folder) == 30
     train([(TINY, 0)], tmp_path)
     assert equal(weights(folder), weights(whole))
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path, whole):
+    with pytest.raises(Interrupted):
+        train([(TINY, 0)], tmp_path, bar=StopAt30())
+    start = run_folder(tmp_path, TINY, 0) / "run.json"
+    said = json.loads(start.read_text())
+    for change in ({"total": 7}, {"counts": said["counts"][::-1]}, {"names": ["a"]}):
+        start.write_text(json.dumps(said | change))
+        with pytest.raises(ValueError, match=f"data: an entry of {[*change][0]} was "):
+            train([(TINY, 0)], tmp_path)
+    assert json.loads(start.read_text())["names"] == ["a"]
+    train([(TINY, 0)], tmp_path, force=True)
+    assert equal(weights(start.parent), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"lr": "1e-3"}, "a finite number"),
+        ({"lr": float("nan")}, "a finite number"),
+        ({"lr": True}, "a finite number"),
+        ({"lr": -0.1}, "at least 0"),
+        ({"iterations": 30.0}, "a whole number"),
+        ({"nesterov": 1}, "True or False"),
+        ({"network": None}, "text"),
+        ({"repeat_threshold": 0.0}, "above 0"),
+        ({"reweight_from": 12}, "0, but for ldam"),
+        ({"loss": "ldam", "reweight_from": 80}, "less than iterations"),
+    ],
+)
+def test_a_recipe_names_the_field_that_cannot_be_trained(change, expected):
+    field = [*change][-1]
+    with pytest.raises(ValueError, match=f"^{field} of recipe 'tiny': .*{expected}"):
+        replace(TINY, **change)
+    assert replace(TINY, lr=1, loss="ldam", reweight_from=79).reweight_from == 79
+
+
+@pytest.mark.parametrize(
+    "change", [{"background": 4}, {"augment": ("flips",)}, {"augment": ("cutout",)}]
+)
+def test_a_detector_has_no_augmentation_but_flips(change):
+    detector = {"data": "instances", "augment": ("flip",), "loss": "sigmoid"}
+    assert replace(TINY, **detector).data == "instances"
+    with pytest.raises(ValueError, match=f"^{[*change][0]} of recipe .*detector"):
+        replace(TINY, **detector | change)
 
 
 def test_a_finished_run_stays_beside_an_unfinished_one(tmp_path, whole):
