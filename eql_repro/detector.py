@@ -517,13 +517,12 @@ class Detector(MaskRCNN):
 
     `images`: list of [3, H, W], uint8 or float in [0, 1]. `targets`, in training: a
     dict for each with `boxes` float [N, 4] (xyxy, pixels), `labels` int64 [N] in
-    [0, C), `masks` uint8 [N, H, W] where there is a mask head, `image_id` where there
-    is a `key`, and `neg_labels` for `spare_classes`; other fields are ignored. `key`:
-    (seed, iteration); with it, what is sampled in an image depends on the key and the
-    `image_id` alone. In training returns a dict of losses. Else returns for each image
-    `boxes`, `scores`, `labels` in [0, C) and `masks`: "image" float [D, 1, H, W] in
-    [0, 1], "rle" as in `mask_rles`, or "box" float [D, 28, 28].
-    Raises ValueError or TypeError for targets that do not fit.
+    [0, C), `masks` uint8 [N, H, W] where there is a mask head, `image_id` int64 [],
+    a tensor, where there is a `key`, and `neg_labels` for `spare_classes`; others are
+    ignored. `key`: (seed, iteration); with it, what is sampled in an image depends on
+    the key and the `image_id` alone. In training returns a dict of losses. Else returns
+    for each image `boxes`, `scores`, `labels` in [0, C) and `masks`: "image" float
+    [D, 1, H, W] in [0, 1], "rle" as in `mask_rles`, or "box" float [D, 28, 28]. Raises ValueError or TypeError for targets that do not fit.
     """
 
     def __init__(self, backbone, rpn, roi_heads, transform) -> None:
