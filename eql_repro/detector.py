@@ -522,7 +522,8 @@ class Detector(MaskRCNN):
     ignored. `key`: (seed, iteration); with it, what is sampled in an image depends on
     the key and the `image_id` alone. In training returns a dict of losses. Else returns
     for each image `boxes`, `scores`, `labels` in [0, C) and `masks`: "image" float
-    [D, 1, H, W] in [0, 1], "rle" as in `mask_rles`, or "box" float [D, 28, 28]. Raises ValueError or TypeError for targets that do not fit.
+    [D, 1, H, W] in [0, 1], "rle" as in `mask_rles`, or "box" float [D, 28, 28].
+    Raises ValueError or TypeError for targets that do not fit.
     """
 
     def __init__(self, backbone, rpn, roi_heads, transform) -> None:
